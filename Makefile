@@ -1,0 +1,58 @@
+# Every target installs what it needs into .venv first; after that `make install` takes no time.
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+INSTALLED := .venv/installed
+FRESH_OPTION = $(if $(FRESH),--fresh $(FRESH))
+STRIP := $(BIN)/nbstripout --extra-keys metadata.language_info
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: help install reproduce test test-fast smoke demo lab lint strip lock clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+install: $(INSTALLED) ## the environment in .venv, from requirements.lock
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is older than 3.11: make PYTHON=python3.11 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^uv==' requirements.lock)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+reproduce: install ## every table and figure; JOBS=2 stages at a time; FRESH=students or FRESH=all: run those anew
+	$(BIN)/python -m gad.pipeline reproduce --jobs $(JOBS) $(FRESH_OPTION)
+
+test: install ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: install ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+smoke: install ## the whole graph from nothing at its smallest, in a temporary copy
+	$(BIN)/python -m gad.pipeline smoke --jobs $(JOBS)
+
+demo: install ## a student without and one with GAD, side by side, in demo/
+	$(BIN)/python -m gad.pipeline demo --jobs $(JOBS)
+
+lab: install ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+lint: install ## ruff, and that the notebooks hold no outputs
+	$(BIN)/ruff check .
+	$(STRIP) --verify notebooks/*.ipynb
+
+strip: install ## outputs out of the notebooks (DVC takes a notebook with outputs for a changed one)
+	$(STRIP) notebooks/*.ipynb
+
+lock: install ## requirements.lock from pyproject.toml, keeping versions; UPGRADE=1 takes the newest
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \
+		--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) --output-file requirements.lock
+
+clean: ## training states, scratch copies and caches of tools; no result
+	rm -rf data/.resume demo build .pytest_cache .ruff_cache
+	find gad notebooks tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

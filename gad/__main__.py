@@ -1,0 +1,49 @@
+"""The pipeline's steps without notebooks: `python -m gad teacher pixart`, `accelerate launch -m gad distill …`."""
+
+import argparse
+import sys
+
+from .params import ParamsError, Run, load
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("gad", description=__doc__)
+    parser.add_argument("--params", default=None, help="another params.yaml")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides, e.g. gad.h=0.02")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text, args in (
+        ("autoencoder", "train an autoencoder of the world", ("kind",)),
+        ("teacher", "train a miniature teacher", ("backbone",)),
+        ("diagnose", "teacher endpoints, tangents and floors", ("backbone",)),
+        ("distill", "train a student", ("backbone", "paradigm", "variant", "seed")),
+        ("evaluate", "measure a student", ("backbone", "paradigm", "variant", "seed")),
+    ):
+        command = commands.add_parser(name, help=text)
+        for arg in args:
+            command.add_argument(arg, **({"nargs": "?", "default": 0, "type": int} if arg == "seed" else {}))
+    args = parser.parse_args(argv)
+    import json
+
+    import yaml
+
+    try:
+        overrides = dict(item.split("=", 1) for item in args.set)
+        overrides = {k: yaml.safe_load(v) for k, v in overrides.items()}
+        p = load(**({"path": args.params} if args.params else {}), **overrides)
+        from . import stages
+
+        if args.command == "autoencoder":
+            key = args.kind
+        elif args.command in ("teacher", "diagnose"):
+            key = args.backbone
+        else:
+            key = Run(args.backbone, args.paradigm, args.variant, args.seed)
+        print(json.dumps(getattr(stages, args.command)(key, p), indent=2))
+    except (ParamsError, ValueError, FileNotFoundError, RuntimeError) as error:
+        print(f"gad: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

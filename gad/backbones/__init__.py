@@ -1,0 +1,81 @@
+"""Backbones by name. To add one: a file beside these, an entry here and one in params.yaml."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from . import pixart, sana, sd2
+from .base import Backbone, Condition
+
+BACKBONES = {"sd2": sd2.SD2, "pixart": pixart.PixArt, "sana": sana.Sana}
+MINIATURES = {"sd2": sd2.miniature, "pixart": pixart.miniature, "sana": sana.miniature}
+
+__all__ = ["BACKBONES", "MINIATURES", "Backbone", "Condition", "load"]
+
+
+def load(name_or_path: str | Path, params=None) -> Backbone:
+    """A backbone from a name in `params.backbones`, a Diffusers pipeline folder, or a hub id.
+
+    Only safetensors are read and no remote code is run. A folder that is missing, incomplete, damaged or of
+    another class raises ValueError with one line that says what to do.
+    """
+    entry = params.backbones.get(str(name_or_path)) if params else None
+    family, options = None, {}
+    if entry:
+        from .. import paths
+
+        path = entry.path or paths.teacher(str(name_or_path))
+        family = entry.family or str(name_or_path)
+        options = {"revision": entry.revision, "torch_dtype": getattr(torch, entry.dtype)}
+    else:
+        path = name_or_path
+    folder = Path(path)
+    if folder.is_dir():
+        class_name = _check(folder)
+    elif folder.is_absolute() or str(path).startswith((".", "data/")) or os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise ValueError(f"{path} is not there: run `dvc pull` or `dvc repro`, or correct the path")
+    else:
+        class_name = None
+    if family is None:
+        known = {cls.pipeline_class.__name__: name for name, cls in BACKBONES.items()}
+        if class_name not in known:
+            raise ValueError(f"{path} is a {class_name}: there are backbones for {', '.join(known)}")
+        family = known[class_name]
+    cls = BACKBONES[family]
+    if class_name not in (None, cls.pipeline_class.__name__):
+        raise ValueError(f"{path} is a {class_name}: backbone {family!r} needs a {cls.pipeline_class.__name__}")
+    try:
+        pipeline = cls.pipeline_class.from_pretrained(
+            path, use_safetensors=True, local_files_only=folder.is_dir(), **options
+        )
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} cannot be loaded as a {cls.pipeline_class.__name__}: {line}") from None
+    return cls(pipeline, str(name_or_path) if entry else family)
+
+
+def _check(folder: Path) -> str:
+    """The pipeline class of a folder all of whose parts are there and whole."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no model_index.json: it is not a Diffusers pipeline folder") from None
+    except json.JSONDecodeError:
+        raise ValueError(f"{folder}/model_index.json is not JSON: restore the folder") from None
+    for part, origin in index.items():
+        if isinstance(origin, list) and origin[0] and not (folder / part).is_dir():
+            raise ValueError(f"{folder} lacks its part {part!r} ({origin[1]}): restore the folder")
+    for weights in folder.rglob("*.safetensors"):
+        try:
+            with safe_open(weights, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{weights} is damaged ({error}): restore it") from None
+    for part in index:
+        config = folder / part / "config.json"
+        if config.exists() and not any((folder / part).glob("*.safetensors")):
+            raise ValueError(f"{folder / part} has no safetensors weights: restore or convert it")
+    return index["_class_name"]

@@ -1,0 +1,93 @@
+"""SANA: a linear-attention transformer that predicts a flow, over a deep-compression autoencoder and Gemma-2."""
+
+from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+from .base import Backbone, Condition
+from .tokens import merge_words
+
+
+class Sana(Backbone):
+    part = "transformer"
+    pipeline_class = SanaPipeline
+    call_hint = ",\n             height=64, width=64, use_resolution_binning=False, complex_human_instruction=None"
+    max_tokens = 300
+
+    def scheduler(self, steps):
+        config = self.pipeline.scheduler.config
+        shift = config.get("flow_shift") or config.get("shift", 3.0)
+        # End where trailing spacing would: Euler's own spacing wastes its last step next to clean.
+        last = shift / steps / (1 + (shift - 1) / steps)
+        return FlowMatchEulerDiscreteScheduler(
+            config.num_train_timesteps, shift=shift, shift_terminal=last if steps > 1 else None
+        )
+
+    def encode_text(self, prompts):
+        self.pipeline.tokenizer.padding_side = "right"
+        tokens = self.pipeline.tokenizer(
+            [p.lower().strip() for p in prompts],
+            padding="max_length",
+            max_length=min(self.max_tokens, self.pipeline.tokenizer.model_max_length),
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        embeds = self.pipeline.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        return embeds, tokens.attention_mask
+
+    def raw(self, network, x_t, timestep, cond: Condition):
+        dtype = network.dtype
+        out = network(
+            x_t.to(dtype),
+            encoder_hidden_states=cond.embeds.to(dtype),
+            encoder_attention_mask=cond.mask,
+            timestep=timestep * network.config.timestep_scale,
+            return_dict=False,
+        )[0]
+        return out[:, : x_t.shape[1]]
+
+
+def miniature(vae, words) -> SanaPipeline:
+    """A random-weight pipeline at the world's size. `words`: the vocabulary."""
+    tokenizer = _tokenizer(words)
+    text_encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=24,
+            query_pre_attn_scalar=24,
+            sliding_window=64,
+            max_position_embeddings=512,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=8,
+        attention_head_dim=16,
+        num_layers=5,
+        num_cross_attention_heads=4,
+        cross_attention_head_dim=32,
+        cross_attention_dim=128,
+        caption_channels=96,
+        mlp_ratio=2.5,
+        sample_size=16,
+        patch_size=2,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return SanaPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
+
+
+def _tokenizer(words) -> GemmaTokenizer:
+    """Gemma's BPE over the world's words; other text falls back to letters."""
+    symbols, merges = merge_words([["▁", *w] if w != "," else [w] for w in words])
+    vocab = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *symbols]
+    return GemmaTokenizer(
+        {w: i for i, w in enumerate(vocab)}, merges, model_max_length=24, add_bos_token=True, padding_side="right"
+    )

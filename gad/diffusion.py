@@ -1,0 +1,94 @@
+"""Noise levels and conversions. Time `t` is in [0, 1] for every backbone: 0 clean, 1 the first sampling step.
+
+`x_t = α_t x0 + σ_t ε`. VP: `α_t = √ᾱ` of a DDPM schedule of T steps, `t = i / (T − 1)`, log ᾱ linear in between.
+Flow: `α_t = 1 − t`, `σ_t = t`, and the network predicts `ε − x0`. All arithmetic in fp32 at least.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Levels:
+    """Noise levels of a diffusers scheduler.
+
+    `prediction`: "epsilon", "v" or "flow". Raises ValueError for another `prediction_type`.
+    """
+
+    def __init__(self, scheduler):
+        config = scheduler.config
+        self.train_steps = config.num_train_timesteps
+        self.flow = "flow" in (config.get("prediction_type") or "") or hasattr(scheduler, "sigma_min")
+        kind = "flow" if self.flow else config.prediction_type
+        names = {"epsilon": "epsilon", "v_prediction": "v", "flow": "flow"}
+        if kind not in names:
+            raise ValueError(f"prediction_type={kind!r} is not supported: use one of {', '.join(names)}")
+        self.prediction = names[kind]
+        if not self.flow:
+            self._log_alpha_bar = scheduler.alphas_cumprod.double().log()
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """What the network is told (B,): the flow's t · T, or the VP index, exactly whole where `t` is."""
+        if self.flow:
+            return (t.double() * self.train_steps).float()
+        index = t.double() * (self.train_steps - 1)
+        whole = index.round()
+        return torch.where((index - whole).abs() < 1e-3, whole, index).float()
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """`α_t` and `σ_t`, (B,) fp32, for `t` (B,) in [0, 1]."""
+        if self.flow:
+            t = t.float()
+            return 1 - t, t
+        table = self._log_alpha_bar.to(t.device)
+        index = self.timestep(t).double()
+        low = index.floor().long().clamp(0, self.train_steps - 2)
+        alpha_bar = torch.lerp(table[low], table[low + 1], index - low).exp()
+        return alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = self._like(x0, t)
+        return alpha * x0.float() + sigma * eps.float()
+
+    def x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """x̂0 of a network's raw output."""
+        alpha, sigma = self._like(x_t, t)
+        output, x_t = _wide(output), _wide(x_t)
+        if self.prediction == "epsilon":
+            return (x_t - sigma * output) / alpha
+        return x_t - t_like(t, x_t) * output if self.flow else alpha * x_t - sigma * output
+
+    def eps(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """ε̂ of a network's raw output."""
+        alpha, sigma = self._like(x_t, t)
+        output, x_t = _wide(output), _wide(x_t)
+        if self.prediction == "epsilon":
+            return output
+        return x_t + alpha * output if self.flow else sigma * x_t + alpha * output
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What a perfect network returns where `x0` and `eps` are known."""
+        alpha, sigma = self._like(x0, t)
+        if self.prediction == "epsilon":
+            return eps
+        return eps - x0 if self.flow else alpha * eps - sigma * x0
+
+    def eps_from_x0(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = self._like(x_t, t)
+        return (_wide(x_t) - alpha * _wide(x0)) / sigma
+
+    def step(self, x0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
+        """The deterministic move to time `s` (DDIM; Euler for a flow); `s < 0` or a flow's 0 is clean."""
+        alpha, sigma = self._like(x0, s.clamp(min=0))
+        return torch.where(t_like(s, x0) <= (0 if self.flow else -1e-6), x0, alpha * x0 + sigma * eps)
+
+    def _like(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(t_like(a, x) for a in self.alpha_sigma(t))
+
+
+def t_like(t: Tensor, x: Tensor) -> Tensor:
+    """(B,) or () shaped to broadcast against `x` (B, *dims), in its precision."""
+    return t.to(_wide(x).dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

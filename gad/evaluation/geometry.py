@@ -1,0 +1,101 @@
+"""Table 1: do student and teacher answer a change of the noise alike? By exact JVPs in fp32 (ours to define:
+the paper's evaluation code is not public)."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .. import geometry
+from ..backbones import Backbone, Condition
+
+LEVELS = (0.9, 0.7, 0.5, 0.3, 0.1)  # times t of the local map
+
+
+def endpoint(backbone: Backbone, network, cond: Condition, steps: int, cfg: float = 1.0):
+    """The endpoint map `z → x0` (paper: Φ) for one batch of prompts."""
+    return lambda z: backbone.sample(network, z, cond, steps, cfg)
+
+
+def tangents(make_map, x: Tensor, v: Tensor, cond: Condition, batch: int, name: str = "") -> tuple[Tensor, Tensor]:
+    """`(f(x), J_f v)` over (N, …), `batch` at a time; `make_map(cond)` gives the map of a batch's prompts."""
+    parts = []
+    with torch.no_grad():
+        for i in tqdm(range(0, len(x), batch), desc=f"tangents {name}", disable=None):
+            j = slice(i, i + batch)
+            parts.append(geometry.jvp(make_map(cond[j]), x[j], v[j]))
+    y, jv = zip(*parts, strict=True)
+    return torch.cat(y), torch.cat(jv)
+
+
+def compare(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    """Per-sample agreement of two responses (N, C, H, W): `cos`; `ratio` = ‖J_S v‖ / ‖J_T v‖; `mse` per element;
+    `relative` = ‖J_S v − J_T v‖² / ‖J_T v‖²."""
+    s, t = student.flatten(1).double(), teacher.flatten(1).double()
+    gap = (s - t).square()
+    return {
+        "cos": torch.cosine_similarity(s, t),
+        "ratio": s.norm(dim=1) / t.norm(dim=1),
+        "mse": gap.mean(1),
+        "relative": gap.sum(1) / t.square().sum(1),
+    }
+
+
+def spectrum(x: Tensor) -> Tensor:
+    """Radially binned power (N, bins) of (N, C, H, W), channels averaged, each row summing to one."""
+    power = torch.fft.fft2(x.double()).abs().square().mean(1)
+    h, w = power.shape[-2:]
+    fy, fx = torch.fft.fftfreq(h) * h, torch.fft.fftfreq(w) * w
+    radius = torch.sqrt(fy[:, None] ** 2 + fx[None] ** 2).round().long().flatten()
+    bins = torch.zeros(len(x), int(radius.max()) + 1, dtype=torch.double)
+    bins.index_add_(1, radius, power.flatten(1).cpu())
+    return bins / bins.sum(1, keepdim=True)
+
+
+def row(y: Tensor, jv: Tensor, x0: Tensor, teacher_jv: Tensor) -> dict[str, list]:
+    """One model's measurements, point by point, ready for JSON: `compare` of the responses, `value` = relative
+    squared error of the values, and both spectra."""
+    out = compare(jv, teacher_jv) | {"value": compare(y, x0)["relative"]}
+    out |= {"spectrum": spectrum(jv), "teacher_spectrum": spectrum(teacher_jv)}
+    return {k: [_rounded(x) for x in v.tolist()] for k, v in out.items()}
+
+
+def _rounded(x):
+    return [_rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.6g}")
+
+
+def local_rows(backbone: Backbone, network, test, cfg: float, batch: int) -> dict[str, dict[str, list]]:
+    """The local map `x_t → x̂0` at each of LEVELS, student against guided teacher at the same (x_t, t, c); x_t is
+    the teacher's endpoint, noised with the noise it came from."""
+    out = {}
+    for level in LEVELS:
+        x_t = backbone.add_noise(test.x0, test.z, torch.full((len(test),), level, device=test.z.device))
+        both = []
+        for net, scale in ((network, 1.0), (backbone.network, cfg)):
+            def local(c, net=net, scale=scale, level=level):
+                return lambda x: backbone.x0(net, x, torch.tensor(level), c, scale)
+
+            both += tangents(local, x_t, test.v, test.cond, batch)
+        out[str(level)] = row(both[0], both[1], both[2], both[3])
+    return out
+
+
+def spectral_kl(student: np.ndarray, teacher: np.ndarray) -> float:
+    """KL(P_T ‖ P_S) of the mean spectra of (N, bins) rows."""
+    p, q = teacher.mean(0), student.mean(0)
+    keep = p > 0
+    return float((p[keep] * np.log(p[keep] / q[keep])).sum())
+
+
+def bootstrap(statistic, prompts: np.ndarray, n: int, seed: int = 0) -> tuple[float, float, float]:
+    """Value and 95 % percentile interval of `statistic(rows)` under resampling of prompts with all their rows.
+
+    `prompts` (N,): the prompt each row belongs to; `statistic` maps row indices to a number.
+    """
+    rng = np.random.default_rng(seed)
+    groups = [np.flatnonzero(prompts == k) for k in np.unique(prompts)]
+    draws = [
+        statistic(np.concatenate([groups[g] for g in rng.integers(0, len(groups), len(groups))])) for _ in range(n)
+    ]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(statistic(np.arange(len(prompts)))), float(low), float(high)

@@ -1,0 +1,77 @@
+"""What a finite difference is worth: its agreement with the exact JVP over h and precision, and what the
+published setting (fp16, h = 1e-2 as the L2 norm of the whole direction) reports for a student whose true
+cosine is known."""
+
+import copy
+
+import pandas as pd
+import torch
+
+from .. import geometry
+from ..backbones import Backbone
+from .geometry import compare, row, spectral_kl
+
+TIME = torch.tensor(0.7)
+STEPS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # h, RMS per element
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def low_precision_response(f, x, v, h, dtype, scheme="forward"):
+    """A difference as it comes out when the input is stored and the network runs in `dtype` (autocast): just
+    what `gad.geometry` avoids. fp32 is plain arithmetic."""
+    def run(y):
+        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return f(y.to(dtype).float()).float()
+
+    if scheme == "central":
+        return (run(x + h * v) - run(x - h * v)) / (2 * h)
+    return (run(x + h * v) - run(x)) / h
+
+
+@torch.no_grad()
+def sweep(backbone: Backbone, test, cfg: float) -> pd.DataFrame:
+    """Cosine and relative error of differences of the teacher's local map x_t → x̂0 against the exact JVP."""
+    x_t = backbone.add_noise(test.x0, test.z, TIME.expand(len(test)))
+
+    def f(x):
+        return backbone.x0(backbone.network, x, TIME, test.cond, cfg)
+
+    exact = geometry.jvp(f, x_t, test.v)[1]
+    rows = []
+    for name, dtype in DTYPES.items():
+        for scheme in ("forward", "central"):
+            for h in STEPS:
+                got = compare(low_precision_response(f, x_t, test.v, h, dtype, scheme), exact)
+                rows.append(
+                    {"precision": name, "scheme": scheme, "h": h, "cos": got["cos"].mean().item(),
+                     "relative": got["relative"].sqrt().mean().item()}
+                )
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def known_students(backbone: Backbone, test, seed: int) -> pd.DataFrame:
+    """Students that are the teacher plus weight noise, so that their exact JVP cosine is known; then Table 1's
+    columns as the released setting measures them."""
+    x_t = backbone.add_noise(test.x0, test.z, TIME.expand(len(test)))
+    sphere = test.v / test.v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    rows = []
+    for noise in (0.0, 0.003, 0.01, 0.03, 0.1, 0.3):
+        student = copy.deepcopy(backbone.network)
+        generator = torch.Generator().manual_seed(seed)
+        for w in student.parameters():
+            w += noise * w.std(correction=0) * torch.randn(w.shape, generator=generator).to(w.device)
+        maps = [lambda x, n=n: backbone.x0(n, x, TIME, test.cond) for n in (student, backbone.network)]
+        exact = [geometry.jvp(f, x_t, test.v)[1] for f in maps]
+        known = row(exact[0], exact[0], exact[1], exact[1])
+        entry = {"weight_noise": noise, "exact_cos": sum(known["cos"]) / len(known["cos"])}
+        for name, v, h, dtype in (
+            ("released", sphere, 1e-2, torch.float16), ("ours", test.v, 1e-2, torch.float32)
+        ):
+            s, t = (low_precision_response(f, x_t, v, h, dtype) for f in maps)
+            got = row(s, s, t, t)
+            entry |= {f"{name}_{k}": sum(got[k]) / len(got[k]) for k in ("cos", "ratio", "mse")}
+            spectra = [pd.DataFrame(got[k]).to_numpy() for k in ("spectrum", "teacher_spectrum")]
+            entry[f"{name}_spectral_kl"] = spectral_kl(*spectra)
+        rows.append(entry)
+    return pd.DataFrame(rows)

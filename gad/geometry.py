@@ -1,0 +1,135 @@
+"""Geometry-Aware Distillation in one page: match how maps *change*, not only what they return.
+
+A map is any callable `f(x) -> y` on batches `(B, *dims)`. The paper's response `f(x + h v) − f(x)` is about
+`h J_f v`; here every response is already divided by `h`, so the paper's weight is `λ_paper = λ / h²`. With `v`
+Gaussian, `h` is the RMS perturbation *per element* (the released code's unit-norm direction is "sphere").
+Differences are taken in fp32 at least: maps run with autocast off, since in bf16 a difference at the usual `h`
+is mostly rounding.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Map = Callable[[Tensor], Tensor]
+
+
+def direction(x: Tensor, kind: str = "gaussian", generator: torch.Generator | None = None) -> Tensor:
+    """A random direction `v` with the shape of `x` (B, *dims), in fp32 at least.
+
+    "gaussian" and "rademacher" have `E[v vᵀ] = I` (Hutchinson); "sphere" has unit L2 norm per sample.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if kind == "rademacher":
+        bits = torch.randint(0, 2, x.shape, generator=generator, device=x.device)
+        return bits.to(dtype) * 2 - 1
+    if kind not in ("gaussian", "sphere"):
+        raise ValueError(f"kind={kind!r} is unknown: use 'gaussian', 'rademacher' or 'sphere'")
+    v = torch.randn(x.shape, generator=generator, device=x.device, dtype=dtype)
+    return v if kind == "gaussian" else v / v.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
+
+
+def jvp(f: Map, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`(f(x), J_f(x) v)`, exact, by forward-mode AD; attention runs in its math form, which supports it."""
+    x, v = _check(x, v)
+    with _precise(x), sdpa_kernel(SDPBackend.MATH):
+        try:
+            return torch.func.jvp(f, (x,), (v,))
+        except (NotImplementedError, RuntimeError) as error:
+            if "forward AD" not in str(error) and "forward-mode" not in str(error):
+                raise
+            raise RuntimeError(
+                "an operation in f has no forward-mode derivative (fused attention, checkpointing and compiled "
+                f"modules have none): use eager modules, or response(scheme='central'). {error}"
+            ) from error
+
+
+def response(
+    f: Map, x: Tensor, v: Tensor, h: float, scheme: str = "forward", base: Tensor | None = None
+) -> Tensor:
+    """Estimate of `J_f(x) v`, (B, *dims of f).
+
+    "forward" has error O(h) and uses `base = f(x)` when the caller has it (computed with autocast off);
+    "central" has error O(h²); "exact" is `jvp`. Gradients flow through `f`.
+    """
+    x, v = _check(x, v)
+    if not (isinstance(h, (int, float)) and math.isfinite(h) and h > 0):
+        raise ValueError(f"h={h!r} must be a positive finite number")
+    if scheme not in ("forward", "central", "exact"):
+        raise ValueError(f"scheme={scheme!r} is unknown: use 'forward', 'central' or 'exact'")
+    if scheme == "exact":
+        return jvp(f, x, v)[1]
+    with _precise(x):
+        ahead = _wide(f(x + h * v))
+        behind = f(x - h * v) if scheme == "central" else f(x) if base is None else base
+        if behind.shape != ahead.shape:
+            raise ValueError(f"base has shape {tuple(behind.shape)}, f returns {tuple(ahead.shape)}")
+        return (ahead - _wide(behind)) / (2 * h if scheme == "central" else h)
+
+
+def output_loss(
+    student: Map,
+    teacher: Map,
+    x: Tensor,
+    v: Tensor,
+    h: float,
+    scheme: str = "forward",
+    student_base: Tensor | None = None,
+    teacher_base: Tensor | None = None,
+    normalise: bool = False,
+) -> Tensor:
+    """GAD by output matching (paper, L_GAD): per-sample mean of `(J_S v − J_T v)²`, shape (B,).
+
+    Over Gaussian `v` its mean is `‖J_S − J_T‖_F² / m` with `m` output elements. No gradient flows to the
+    teacher. `normalise` divides by the teacher's mean `(J_T v)²`.
+    """
+    with torch.no_grad():
+        target = response(teacher, x, v, h, scheme, teacher_base)
+    loss = (response(student, x, v, h, scheme, student_base) - target).square().flatten(1).mean(1)
+    return loss / target.square().flatten(1).mean(1) if normalise else loss
+
+
+@torch.no_grad()
+def score_gradient(
+    fake: Map,
+    real: Map,
+    x_t: Tensor,
+    v: Tensor,
+    h: float,
+    scheme: str = "forward",
+    fake_base: Tensor | None = None,
+    real_base: Tensor | None = None,
+) -> Tensor:
+    """GAD for score-based paradigms (paper, ∇_θ L_GAD): `J_fake v − J_real v`, no gradient.
+
+    `fake` and `real` are scores or x̂0-predictions; for noise predictions the sign is the opposite.
+    """
+    return response(fake, x_t, v, h, scheme, fake_base) - response(real, x_t, v, h, scheme, real_base)
+
+
+def surrogate(x: Tensor, gradient: Tensor) -> Tensor:
+    """A loss (B,) whose gradient with respect to `x` is `gradient`."""
+    if x.shape != gradient.shape:
+        raise ValueError(f"gradient has shape {tuple(gradient.shape)}, x has {tuple(x.shape)}")
+    return (_wide(x) * gradient.detach()).flatten(1).sum(1)
+
+
+def _wide(y: Tensor) -> Tensor:
+    return y.to(torch.promote_types(y.dtype, torch.float32))
+
+
+def _precise(x: Tensor):
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _check(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if x.shape != v.shape:
+        raise ValueError(f"v has shape {tuple(v.shape)}, x has {tuple(x.shape)}: they must agree")
+    for name, value in (("x", x), ("v", v)):
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} has values that are not finite")
+    x = _wide(x)
+    return x, v.to(x.dtype)

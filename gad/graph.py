@@ -1,0 +1,271 @@
+"""The whole graph of `dvc.yaml`: what of it must run, stages side by side, and copies of it elsewhere."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import yaml
+
+from . import paths
+from .params import ROOT, load
+
+PROGRESS = re.compile(r": step \d+/\d+")  # the lines of gad.training that a terminal sees
+LOCAL = "data/students/"  # outputs that are not shipped: missing is no reason to run a stage
+PENDING = paths.resume("fresh")  # stages that an interrupted fresh run still owes
+STUDENTS = ("distill", "evaluate")
+FRESH = {
+    None: (),
+    "students": STUDENTS,
+    "all": ("autoencoder", "teacher", "diagnose", *STUDENTS, "tables", "figures"),
+}
+MINUTES = {"autoencoder": 60, "teacher": 120, "diagnose": 4, "distill": 6, "evaluate": 5}  # until measured
+
+
+class PipelineError(RuntimeError):
+    """A user's mistake or a failed stage; the message is one line."""
+
+
+def reproduce(jobs: int = 2, fresh: str | None = None):
+    """Fetch what ships, then run what is missing or changed, `jobs` stages side by side.
+
+    `fresh`: "students" or "all" runs those stages again although nothing changed; interrupted, the next call
+    goes on with them. Raises PipelineError when a stage failed; what does not depend on it still ran.
+    """
+    p = load()  # a mistake in params.yaml shows before anything runs
+    parents = _parents()
+    changed, missing, lost = _status()
+    if fetch := lost - changed:
+        print(f"fetching the results of {len(fetch)} stages from data/store", flush=True)
+        _dvc("pull", "--allow-missing", *sorted(fetch), check=False)  # what is not there runs below
+        changed, missing, lost = _status()
+    forced = _forced(fresh, parents, p)
+    todo = _closure(changed | lost | forced, parents, missing)
+    failed = _run([s for s in parents if s in todo], parents, forced, jobs) if todo else []
+    if failed:
+        raise PipelineError(f"{len(failed)} of {len(todo)} stages failed or had to wait: {', '.join(failed)}")
+    _dvc("repro", "--allow-missing")
+    print("everything is up to date")
+
+
+# What must run
+
+
+def _parents() -> dict[str, set[str]]:
+    """Every stage, in the order of dvc.yaml, with the stages it needs."""
+    parents = {name: set() for name in _dvc("stage", "list", "--name-only").split()}
+    for parent, child in re.findall(r'"(.+?)" -> "(.+?)"', _dvc("dag", "--dot")):
+        parents[child].add(parent)
+    return parents
+
+
+def _status() -> tuple[set[str], set[str], set[str]]:
+    """Stages that changed, that miss outputs, and that miss outputs which ship."""
+    changed, missing, lost = set(), set(), set()
+    for stage, entries in json.loads(_dvc("status", "--json")).items():
+        for entry in entries:
+            if not isinstance(entry, dict):  # "changed command"
+                changed.add(stage)
+                continue
+            for kind, items in entry.items():
+                for path, state in items.items():
+                    if state == "not in cache":  # but here, and right
+                        continue
+                    if state != "deleted":
+                        changed.add(stage)
+                    elif kind == "changed outs":
+                        missing.add(stage)
+                        if not path.startswith(LOCAL):
+                            lost.add(stage)
+    return changed, missing, lost
+
+
+def _forced(fresh, parents, p) -> set[str]:
+    """Stages to run although unchanged: those of `fresh`, or those an interrupted run still owes."""
+    if PENDING.exists():
+        print(f"going on with the fresh run that was interrupted (rm {PENDING.relative_to(ROOT)} forgets it)")
+        return set(PENDING.read_text().split()) & set(parents)
+    forced = {s for s in parents if _group(s) in FRESH[fresh]}
+    if fresh:  # training must not go on from what an earlier run left
+        for found in PENDING.parent.glob("*"):
+            if fresh == "all" or any(str(run) in found.name for run in p.runs()):
+                shutil.rmtree(found, ignore_errors=True)
+    _owe(forced)
+    return forced
+
+
+def _owe(stages):
+    if stages:
+        PENDING.parent.mkdir(parents=True, exist_ok=True)
+        PENDING.write_text("\n".join(sorted(stages)) + "\n")
+    else:
+        PENDING.unlink(missing_ok=True)
+
+
+def _closure(start, parents, missing=frozenset()) -> set[str]:
+    """`start`, all that follows it, and whatever of their inputs is missing."""
+    todo, queue = set(), list(start)
+    while queue:
+        if (stage := queue.pop()) not in todo:
+            todo.add(stage)
+            queue += [child for child, needs in parents.items() if stage in needs]
+            queue += parents[stage] & missing
+    return todo
+
+
+# Running it
+
+
+def _run(waiting, parents, forced, jobs) -> list[str]:
+    """Run each stage of `waiting` once those it needs are done. Returns the failed and what follows them."""
+    total, running, failed, owed = len(waiting), {}, [], set(forced)
+    left = _Left(jobs)
+    print(f"{total} stages to run or check, {jobs} at a time: at most {left(waiting, running)}", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting or running:
+            busy = {*waiting, *(stage for stage, _ in running.values())}
+            for stage in [s for s in waiting if not parents[s] & busy][:jobs - len(running)]:
+                waiting.remove(stage)
+                running[pool.submit(_stage, stage, stage in forced)] = stage, time.monotonic()
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                (stage, began), (outcome, error) = running.pop(future), future.result()
+                minutes = (time.monotonic() - began) / 60
+                if error:
+                    after = _closure([stage], parents)
+                    failed += [stage, *(s for s in waiting if s in after)]
+                    waiting = [s for s in waiting if s not in after]
+                    print(f"{stage}: {error}", file=sys.stderr, flush=True)
+                else:
+                    owed.discard(stage)
+                    _owe(owed)
+                    if outcome == "done":
+                        left.measured.setdefault(_group(stage), []).append(minutes)
+                ended, to_go = total - len(waiting) - len(running), left(waiting, running)
+                told = f"[{ended}/{total}] {stage}: {outcome}, {_span(minutes)}"
+                print(f"{told}; at most {to_go} to go" if waiting or running else told, flush=True)
+    return failed
+
+
+def _stage(name: str, force: bool) -> tuple[str, str | None]:
+    """One `dvc repro` of one stage: what became of it, and the error if it failed."""
+    options = ("-s", "-f") if force else ("-s",)
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *options, name]
+    lines = []
+    with subprocess.Popen(command, **_process(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for line in process.stdout:
+            lines.append(line)
+            if PROGRESS.search(line):
+                print(f"  {line}", end="", flush=True)
+    text = "".join(lines)
+    if process.returncode:
+        return "failed", _reason(text)
+    return ("unchanged" if "didn't change" in text else "restored" if "is cached" in text else "done"), None
+
+
+class _Left:
+    """Minutes to go: by the means measured in this run, typical ones until then."""
+
+    def __init__(self, jobs):
+        self.jobs, self.measured = jobs, {}
+
+    def expected(self, stage):
+        found = self.measured.get(_group(stage))
+        return sum(found) / len(found) if found else MINUTES.get(_group(stage), 1)
+
+    def __call__(self, waiting, running):
+        now = time.monotonic()
+        begun = sum(max(0.0, self.expected(s) - (now - t) / 60) for s, t in running.values())
+        return _span((begun + sum(map(self.expected, waiting))) / self.jobs)
+
+
+def _span(minutes):
+    return f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.1f} min"
+
+
+def _group(stage):
+    return stage.partition("@")[0]
+
+
+def _dvc(*args, check=True) -> str:
+    done = subprocess.run([sys.executable, "-m", "dvc", *args], **_process(), capture_output=True)
+    if check and done.returncode:
+        raise PipelineError(f"dvc {args[0]}: {_reason(done.stdout + done.stderr)}")
+    return done.stdout
+
+
+def _process():
+    """Stages say `python`: it must be the one that runs this."""
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    return {"cwd": ROOT, "text": True, "env": {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1"}}
+
+
+def _reason(text):
+    """The line of DVC's output that says what went wrong."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for mark in ("gad: ", "ERROR: ", ""):
+        if found := [line for line in lines if line.startswith(mark)]:
+            return found[-1].removeprefix(mark)
+    return "no output"
+
+
+# The graph elsewhere
+
+
+def sandbox(folder: Path, overrides: dict, shared: bool = False) -> Path:
+    """A copy of the pipeline in `folder`, params.yaml with `overrides`: from nothing, or `shared`, with the
+    lock, cache and store of this repository."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for name in ("gad", "notebooks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored, dirs_exist_ok=True)
+    for name in ("dvc.yaml", ".dvcignore", *(["dvc.lock"] if shared else [])):
+        shutil.copy(ROOT / name, folder)
+    params = _merged(yaml.safe_load((ROOT / "params.yaml").read_text()), overrides)
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    config = "[core]\n    no_scm = true\n    analytics = false\n"
+    if shared:
+        config += f"    remote = store\n['remote \"store\"']\n    url = {paths.DATA / 'store'}\n"
+        config += f"[cache]\n    dir = {ROOT / '.dvc/cache'}\n"
+    (folder / ".dvc").mkdir(exist_ok=True)
+    (folder / ".dvc/config").write_text(config)
+    return folder
+
+
+def _merged(a: dict, b: dict) -> dict:
+    nested = {k: _merged(a[k], v) for k, v in b.items() if isinstance(v, dict) and isinstance(a.get(k), dict)}
+    return {**a, **b, **nested}
+
+
+def _within(folder: Path, *args):
+    """`python -m gad.pipeline …` in a sandbox."""
+    command = [sys.executable, "-m", "gad.pipeline", *map(str, args)]
+    if subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}).returncode:
+        raise PipelineError(f"{args[0]} failed in {folder}")
+
+
+def smoke(jobs: int = 2):
+    """The whole graph from nothing, at its smallest, in a temporary copy."""
+    overrides = yaml.safe_load((ROOT / "tests/smoke.yaml").read_text())
+    with tempfile.TemporaryDirectory() as name:
+        _within(sandbox(Path(name), overrides), "reproduce", "--jobs", jobs)
+
+
+def demo(jobs: int = 2, backbone: str = "pixart"):
+    """One student without and one with GAD from the shipped teacher, in `demo/`: a table and a picture."""
+    p, folder = load(), ROOT / "demo"
+    if backbone not in p.grid.backbones:
+        raise PipelineError(f"--backbone {backbone}: the grid has {', '.join(p.grid.backbones)}")
+    if not (ROOT / "dvc.lock").exists():
+        raise PipelineError("there is no dvc.lock, so no teacher: run `make reproduce` first")
+    shutil.rmtree(folder, ignore_errors=True)
+    grid = {"backbones": [backbone], "paradigms": p.grid.paradigms[:1], "variants": ["base", "gad"]}
+    sandbox(folder, {"grid": grid, "seeds": {"distill": p.seeds.distill[:1]}}, shared=True)
+    _within(folder, "reproduce", "--jobs", jobs, "--fresh", "students")
+    print((folder / "reports/tables/table1.md").read_text())
+    print("pictures: demo/reports/figures; the students, as Diffusers pipelines: demo/data/students")

@@ -1,0 +1,232 @@
+"""params.yaml as validated objects. A mistake is one line that names the key, the value and the fix."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Divisor = Annotated[
+    PositiveInt,
+    AfterValidator(lambda n: n if 1000 % n == 0 else _fail("must divide 1000, the length of the DDPM schedules")),
+]
+Precision = Literal["no", "bf16", "fp16"]
+
+
+def _fail(message):
+    raise ValueError(message)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Seeds(_Section):
+    world: int
+    distill: Annotated[list[int], Field(min_length=1)]
+
+
+class Gad(_Section):
+    form: Literal["map", "score", "paired-score", "released"]
+    h: Positive
+    lam: NonNegative
+    scheme: Literal["forward", "central", "exact"]
+    directions: PositiveInt
+    every: PositiveInt
+    pairs: PositiveInt
+
+
+class Base(_Section):
+    lam: Annotated[float, Field(ge=0, le=0)]
+
+
+class Grid(_Section):
+    backbones: Annotated[list[str], Field(min_length=1)]
+    paradigms: Annotated[list[str], Field(min_length=1)]
+    variants: Annotated[list[Literal["base", "gad"]], Field(min_length=1)]
+
+
+class BackboneParams(_Section):
+    """One backbone. `path`: a pipeline folder or hub id; None for the miniature the pipeline trains."""
+
+    world: Literal["mini"]
+    autoencoder: Literal["kl", "dc"] = "kl"
+    family: str | None = None
+    path: str | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    teacher_steps: Divisor
+    student_steps: Divisor
+    cfg: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    pretrain: dict[str, bool | int | float | str] = {}
+
+
+class AutoencoderParams(_Section):
+    steps: PositiveInt
+    batch: PositiveInt
+    lr: Positive
+    compile: bool
+
+
+class Teacher(_Section):
+    steps: PositiveInt
+    batch: PositiveInt
+    lr: Positive
+    warmup: PositiveInt
+    ema: Fraction
+    drop: Fraction
+    scenes: PositiveInt
+    compile: bool
+    precision: Precision
+    prompts: PositiveInt
+
+
+class Endpoints(_Section):
+    pairs: PositiveInt
+
+
+class Distill(_Section):
+    batch: PositiveInt
+    steps: PositiveInt
+    warmup: PositiveInt
+    ema: Fraction
+    clip: Positive
+    save_every: PositiveInt
+    precision: Precision
+
+
+class Evaluation(_Section):
+    prompts: PositiveInt
+    noises: PositiveInt
+    batch: PositiveInt
+    quality_prompts: PositiveInt
+
+
+class Report(_Section):
+    bootstrap: PositiveInt
+
+
+class Params(_Section):
+    threads: PositiveInt
+    seeds: Seeds
+    gad: Gad
+    base: Base
+    grid: Grid
+    backbones: dict[str, BackboneParams]
+    autoencoder: dict[Literal["kl", "dc"], AutoencoderParams]
+    teacher: Teacher
+    endpoints: Endpoints
+    distill: Distill
+    paradigms: dict[str, dict[str, float]]
+    evaluation: Evaluation
+    report: Report
+
+    @model_validator(mode="after")
+    def _known(self):
+        from .backbones import BACKBONES
+        from .paradigms import PARADIGMS
+
+        for key, names, known, where in (
+            ("grid.backbones", self.grid.backbones, self.backbones, "the backbones section"),
+            ("grid.paradigms", self.grid.paradigms, self.paradigms, "the paradigms section"),
+            ("paradigms", self.paradigms, PARADIGMS, "gad/paradigms"),
+            (
+                "backbones.*.family",
+                [b.family or name for name, b in self.backbones.items()],
+                BACKBONES,
+                "gad/backbones",
+            ),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"{key}: {name!r} is not in {where}; there are {', '.join(known)}")
+        return self
+
+    def teacher_of(self, backbone: str) -> Teacher:
+        """The `teacher` section with the backbone's own `pretrain` values over it."""
+        return Teacher.model_validate(self.teacher.model_dump() | self.backbones[backbone].pretrain)
+
+    def runs(self) -> list["Run"]:
+        """Every student of the grid, in the pipeline's order. Results are collected by this list alone."""
+        return [
+            Run(b, p, v, s)
+            for b in self.grid.backbones
+            for p in self.grid.paradigms
+            for v in self.grid.variants
+            for s in self.seeds.distill
+        ]
+
+
+class Run(tuple):
+    """A student's identity: (backbone, paradigm, variant, seed)."""
+
+    def __new__(cls, backbone: str, paradigm: str, variant: str, seed: int):
+        return super().__new__(cls, (backbone, paradigm, variant, int(seed)))
+
+    backbone = property(lambda self: self[0])
+    paradigm = property(lambda self: self[1])
+    variant = property(lambda self: self[2])
+    seed = property(lambda self: self[3])
+
+    def __str__(self):
+        return "-".join(map(str, self))
+
+
+class ParamsError(ValueError):
+    """A mistake in params.yaml."""
+
+
+def load(path: Path | str = ROOT / "params.yaml", **overrides) -> Params:
+    """Read and validate. `overrides`: dotted keys, `load(**{"gad.h": 0.02})`.
+
+    Raises ParamsError with one line a mistake: key, value, fix.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ParamsError(f"{path} does not exist: run from the repository, or give --params") from None
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    for key, value in overrides.items():
+        *parents, leaf = key.split(".")
+        section = data
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or leaf not in section:
+            raise ParamsError(f"{key}={value!r}: there is no such key in {Path(path).name}")
+        section[leaf] = value
+    return validate(data, Path(path).name)
+
+
+def validate(data: dict, where: str = "params.yaml") -> Params:
+    try:
+        return Params.model_validate(data)
+    except ValidationError as error:
+        lines = []
+        for e in error.errors():
+            key = ".".join(map(str, e["loc"])) or "params"
+            value = e["input"]
+            if e["type"] == "value_error":
+                text = str(e["ctx"]["error"])
+                lines.append(f"{where}: {text}" if key == "params" else f"{where}: {key}={value!r} {text}")
+            elif e["type"] == "extra_forbidden":
+                lines.append(f"{where}: {key}={value!r} is not a key of this section: remove or rename it")
+            elif e["type"] == "missing":
+                lines.append(f"{where}: {key} is missing: add it")
+            else:
+                hint = " (write 1.0e-4, with the dot)" if isinstance(value, str) and _number(value) else ""
+                lines.append(f"{where}: {key}={value!r}: {e['msg'][0].lower() + e['msg'][1:]}{hint}")
+        raise ParamsError("\n".join(lines)) from None
+
+
+def _number(text):
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

@@ -1,0 +1,47 @@
+"""Where the pipeline keeps what it makes; `dvc.yaml` names the same places."""
+
+from .params import ROOT, Run
+
+DATA, REPORTS = ROOT / "data", ROOT / "reports"
+TABLES, FIGURES, METRICS = REPORTS / "tables", REPORTS / "figures", REPORTS / "metrics.json"
+
+
+def autoencoder(kind: str):
+    return DATA / "autoencoder" / kind
+
+
+def teacher(backbone: str):
+    return DATA / "teachers" / backbone
+
+
+def teacher_metrics(backbone: str):
+    return DATA / "metrics" / f"teacher-{backbone}.json"
+
+
+def diagnosis(backbone: str):
+    return DATA / "diagnosis" / backbone
+
+
+def student(run: Run):
+    return DATA / "students" / str(run)
+
+
+def log(run: Run):
+    return DATA / "logs" / f"{run}.csv"
+
+
+def probe(run: Run):
+    return DATA / "probes" / f"{run}.csv"
+
+
+def result(run: Run):
+    return DATA / "results" / f"{run}.json"
+
+
+def sample_grid(run: Run):
+    return DATA / "samples" / f"{run}.png"
+
+
+def resume(name: str):
+    """Resumable training state; never an output, removed by `make clean`."""
+    return DATA / ".resume" / name

@@ -1,0 +1,172 @@
+"""The figures, from cached results alone. One colour a method, 95 % intervals over prompts."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from PIL import Image
+
+from . import paths, tables
+from .params import Params, Run
+from .world import scenes
+
+COLOURS = {"teacher": "#444444", "base": "#0173b2", "gad": "#de8f05"}
+
+
+def use_style():
+    sns.set_theme(context="paper", style="ticks", palette="colorblind")
+    plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 180, "axes.spines.top": False, "axes.spines.right": False})
+
+
+def write(p: Params) -> list:
+    """All figures to reports/figures; returns their paths."""
+    use_style()
+    paths.FIGURES.mkdir(parents=True, exist_ok=True)
+    made = []
+    for draw in (world, figure2, published, samples, before_after):
+        figure = draw(p)
+        name = {"published": "precision"}.get(draw.__name__, draw.__name__)
+        made.append(paths.FIGURES / f"{name}.png")
+        figure.savefig(made[-1], bbox_inches="tight", metadata={"Software": None})
+        plt.close(figure)
+    return made
+
+
+def world(p: Params):
+    """Sixteen scenes with their captions."""
+    drawn = scenes.sample(12, p.seeds.world, "test")
+    figure, axes = plt.subplots(2, 6, figsize=(10, 4.2))
+    for ax, image, text in zip(axes.flat, drawn.render(), drawn.captions(), strict=True):
+        ax.imshow(image.permute(1, 2, 0).numpy())
+        words = text.split()
+        lines = [" ".join(words[i:i + 4]) for i in range(0, len(words), 4)]
+        ax.set_title("\n".join(lines), fontsize=6.5)
+        ax.axis("off")
+    figure.tight_layout()
+    return figure
+
+
+def _runs(p: Params, backbone: str):
+    return [r for r in p.runs() if r.backbone == backbone and r.seed == p.seeds.distill[0]]
+
+
+def _interval(values, n=500):
+    value, low, high = tables.bootstrap(lambda i: np.mean(np.asarray(values)[i]), np.arange(len(values)), n)
+    return value, low, high
+
+
+def figure2(p: Params):
+    """Values match, tangents don't: over noise levels (left) and over training (right), a row a backbone."""
+    n = len(p.grid.backbones)
+    figure, axes = plt.subplots(n, 4, figsize=(12, 2.5 * n), squeeze=False, sharex="col")
+    for row, backbone in zip(axes, p.grid.backbones, strict=True):
+        for run in _runs(p, backbone):
+            result, colour, name = tables.read(paths.result(run)), COLOURS[run.variant], tables.label(run)
+            levels = [float(k) for k in result["local"]]
+            for ax, key in zip(row[:2], ("value", "cos"), strict=True):
+                stats = np.array([_interval(result["local"][k][key]) for k in result["local"]])
+                ax.plot(levels, stats[:, 0], "o-", ms=3, color=colour, label=name)
+                ax.fill_between(levels, stats[:, 1], stats[:, 2], color=colour, alpha=0.2, lw=0)
+            probes = pd.read_csv(paths.probe(run))
+            for ax, key in zip(row[2:], ("error", "cos"), strict=True):
+                ax.plot(probes["step"], probes[key], "o-", ms=3, color=colour, label=name)
+        floors = tables.read(paths.diagnosis(backbone) / "floors.json")
+        for ax, key in zip(row[2:], ("value", "cos"), strict=True):
+            ax.axhline(np.mean(floors["teacher, CFG + 1"][key]), color=COLOURS["teacher"], ls=":", lw=1,
+                       label="teacher at CFG + 1")
+        for ax in row:
+            ax.set_ylim(bottom=0)
+        for ax in (row[1], row[3]):
+            ax.set_ylim(0, 1)
+        row[0].set_ylabel(f"{backbone}\nrelative error of values")
+        row[1].set_ylabel("JVP cosine")
+        row[2].set_ylabel("relative error of values")
+        row[3].set_ylabel("JVP cosine")
+    for ax, title in zip(axes[0], ("local map: values", "local map: tangents", "endpoint map: values",
+                                   "endpoint map: tangents"), strict=True):
+        ax.set_title(title)
+    for ax in axes[-1, :2]:
+        ax.set_xlabel("noise level t")
+    for ax in axes[-1, 2:]:
+        ax.set_xlabel("training step")
+    axes[0, 3].legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    return figure
+
+
+def published(p: Params):
+    """What finite differences report: against h in each precision, and for students of known cosine at the
+    published setting."""
+    n = len(p.grid.backbones)
+    figure, axes = plt.subplots(n, 2, figsize=(8.5, 2.7 * n), squeeze=False)
+    shades = dict(zip(("fp32", "fp16", "bf16"), sns.color_palette("colorblind", 3), strict=True))
+    for (left, right), backbone in zip(axes, p.grid.backbones, strict=True):
+        sweep = pd.read_csv(paths.diagnosis(backbone) / "precision.csv")
+        for (name, scheme), part in sweep.groupby(["precision", "scheme"], sort=False):
+            left.plot(part["h"], part["cos"], "o-" if scheme == "forward" else "s--", ms=3, color=shades[name],
+                      label=f"{name}, {scheme}")
+        left.set(xscale="log", xlabel="h, per element", ylabel=f"{backbone}\ncosine with the exact JVP", ylim=(-0.1, 1.05))
+        size = np.prod([4, 16, 16])
+        left.axvline(1e-2 / np.sqrt(size), color="gray", ls=":", lw=1)
+        left.text(1e-2 / np.sqrt(size), 1.06, "published", ha="center", fontsize=7, color="gray")
+        known = pd.read_csv(paths.diagnosis(backbone) / "published.csv")
+        right.plot(known["exact_cos"], known["ours_cos"], "o-", color=shades["fp32"], label="fp32, h = 0.01 per element")
+        right.plot(known["exact_cos"], known["released_cos"], "s-", color=shades["fp16"],
+                   label="fp16, h = 0.01 in all (published)")
+        for y in (0.012, 0.014):
+            right.axhline(y, color="gray", lw=0.7, ls=":")
+        right.set(xlabel="true JVP cosine of the student", ylabel="reported cosine", ylim=(-0.1, 1.05))
+    axes[0, 0].legend(frameon=False, fontsize=6)
+    axes[0, 1].legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    return figure
+
+
+def samples(p: Params):
+    """The same prompts and noises: teacher above, student below."""
+    runs = [r for b in p.grid.backbones for r in _runs(p, b)]
+    columns = len(p.grid.variants) * len(p.grid.paradigms)
+    figure, axes = plt.subplots(len(p.grid.backbones), columns, figsize=(5.4 * columns, 1.6 * len(p.grid.backbones)),
+                                squeeze=False)
+    for ax, run in zip(axes.flat, runs, strict=True):
+        ax.imshow(np.asarray(Image.open(paths.sample_grid(run))))
+        ax.set_title(f"{run.backbone}: teacher (above), {tables.label(run)} (below)", fontsize=8)
+        ax.axis("off")
+    figure.tight_layout()
+    return figure
+
+
+def before_after(p: Params):
+    """The claim in one picture: JVP cosine with the teacher, and the same noises drawn by all three."""
+    backbones = p.grid.backbones
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 2.9), width_ratios=(1, 1.9))
+    rows = []
+    for backbone in backbones:
+        for run in _runs(p, backbone):
+            value, low, high = _interval(tables.read(paths.result(run))["endpoint"]["cos"])
+            rows.append((backbone, run, value, low, high))
+    variants = list(dict.fromkeys((r.paradigm, r.variant) for _, r, *_ in rows))
+    width = 0.8 / len(variants)
+    for k, (paradigm, variant) in enumerate(variants):
+        part = [r for r in rows if (r[1].paradigm, r[1].variant) == (paradigm, variant)]
+        x = np.array([backbones.index(r[0]) for r in part]) + (k - (len(variants) - 1) / 2) * width
+        v, a, b = np.array([r[2:] for r in part]).T
+        left.bar(x, v, width, yerr=[v - a, b - v], color=COLOURS[variant], capsize=2, error_kw={"lw": 0.8},
+                 label=tables.label(part[0][1]))
+    left.set(xticks=range(len(backbones)), xticklabels=backbones, ylabel="JVP cosine with the teacher", ylim=(0, 1))
+    left.legend(frameon=False, fontsize=7)
+    shown = "pixart" if "pixart" in backbones else backbones[0]
+    grids = {r.variant: np.asarray(Image.open(paths.sample_grid(r))) for r in _runs(p, shown)}
+    cell = next(iter(grids.values())).shape[0] // 2
+    first = next(iter(grids.values()))
+    strip = [first[: cell + 2], *(g[cell + 2:] for g in grids.values())]
+    right.imshow(np.concatenate([s[: cell] for s in strip]))
+    right.set_yticks([cell * (i + 0.5) for i in range(len(strip))],
+                     ["teacher", *(tables.label(Run(shown, p.grid.paradigms[0], v, 0)) for v in grids)])
+    right.set_xticks([])
+    right.set_title(f"{shown}: one column, one prompt and noise", fontsize=8)
+    for spine in right.spines.values():
+        spine.set_visible(False)
+    right.tick_params(length=0)
+    figure.tight_layout()
+    return figure

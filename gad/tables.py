@@ -1,0 +1,148 @@
+"""The tables, from the results of the grid's runs and no others: ids come from params.yaml, a missing one is an
+error. Every number carries a 95 % bootstrap interval over prompts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from . import paths
+from .evaluation.geometry import bootstrap, spectral_kl
+from .params import Params, Run
+
+PAPER = pd.DataFrame(  # Table 1 of the paper, PixArt-α at full size
+    [("Teacher", 1.000, 1.000, 0.000, 0.000), ("TDM", 0.012, 0.98, 0.008, 0.0003), ("TDM + GAD", 0.014, 0.99, 0.006, 0.0002)],
+    columns=["model", "JVP cos ↑", "Jac norm → 1", "Spec KL ↓", "JVP MSE ↓"],
+)
+COLUMNS = {
+    "cos": "JVP cos ↑", "ratio": "Jac norm → 1", "spectral_kl": "Spec KL ↓", "mse": "JVP MSE ↓",
+    "relative": "JVP error, relative ↓", "value": "value error, relative ↓", "scene": "scene accuracy ↑",
+    "colour_count": "colours and count ↑",
+}
+
+
+def read(path: Path) -> dict:
+    if not path.exists():
+        raise FileNotFoundError(f"{path.relative_to(paths.ROOT)} is missing: run its stage, `dvc repro`")
+    return json.loads(path.read_text())
+
+
+def label(run: Run) -> str:
+    return run.paradigm.upper() + (" + GAD" if run.variant == "gad" else "")
+
+
+def measure(rows: list[dict], n: int) -> dict[str, tuple[float, float, float]]:
+    """Each metric of one model as (value, low, high). `rows`: one result per seed, over the same points."""
+    points = len(rows[0]["cos"])
+    prompts = np.tile(np.arange(points), len(rows))
+    out = {}
+    for key in ("cos", "ratio", "mse", "relative", "value"):
+        x = np.concatenate([r[key] for r in rows])
+        out[key] = bootstrap(lambda i, x=x: x[i].mean(), prompts, n)
+    s, t = (np.concatenate([r[k] for r in rows]) for k in ("spectrum", "teacher_spectrum"))
+    out["spectral_kl"] = bootstrap(lambda i: spectral_kl(s[i], t[i]), prompts, n)
+    return out
+
+
+def accuracy(results: list[dict], n: int) -> dict[str, tuple[float, float, float]]:
+    out = {}
+    for key in ("scene", "colour_count"):
+        x = np.concatenate([r["quality"][key] for r in results])
+        prompts = np.tile(np.arange(len(x) // len(results)), len(results))
+        out[key] = bootstrap(lambda i, x=x: x[i].mean(), prompts, n)
+    return out
+
+
+def models(p: Params, backbone: str) -> dict[tuple[str, str], list[dict]]:
+    """Results of a backbone's students by (paradigm, variant), one entry a seed."""
+    out: dict[tuple[str, str], list[dict]] = {}
+    for run in p.runs():
+        if run.backbone == backbone:
+            out.setdefault((run.paradigm, run.variant), []).append(read(paths.result(run)))
+    return out
+
+
+def table1(p: Params) -> pd.DataFrame:
+    """Long form: backbone, model, map, metric, value, low, high; then GAD minus base, paired over prompts."""
+    n, rows = p.report.bootstrap, []
+
+    def add(backbone, model, where, measured):
+        rows.extend(
+            {"backbone": backbone, "model": model, "map": where, "metric": k, "value": v, "low": a, "high": b}
+            for k, (v, a, b) in measured.items()
+        )
+
+    for backbone in p.grid.backbones:
+        for name, floor in read(paths.diagnosis(backbone) / "floors.json").items():
+            add(backbone, name, "endpoint", measure([floor], n))
+        found = models(p, backbone)
+        for (paradigm, variant), results in found.items():
+            name = label(Run(backbone, paradigm, variant, 0))
+            add(backbone, name, "endpoint", measure([r["endpoint"] for r in results], n))
+            for level in results[0]["local"]:
+                add(backbone, name, f"local t={level}", measure([r["local"][level] for r in results], n))
+            add(backbone, name, "images", accuracy(results, n))
+        for paradigm in p.grid.paradigms:
+            if (paradigm, "base") in found and (paradigm, "gad") in found:
+                base, gad = found[paradigm, "base"], found[paradigm, "gad"]
+                add(backbone, f"{paradigm.upper()}: GAD − base", "difference", difference(base, gad, n))
+    return pd.DataFrame(rows)
+
+
+def difference(base: list[dict], gad: list[dict], n: int) -> dict[str, tuple[float, float, float]]:
+    """GAD minus base on the same prompts and noises."""
+    out = {}
+    for where, keys in (("endpoint", ("cos", "ratio", "relative", "value")), ("quality", ("scene", "colour_count"))):
+        for key in keys:
+            x = np.concatenate([np.subtract(g[where][key], b[where][key]) for b, g in zip(base, gad, strict=True)])
+            prompts = np.tile(np.arange(len(x) // len(base)), len(base))
+            out[key] = bootstrap(lambda i, x=x: x[i].mean(), prompts, n)
+    return out
+
+
+def wide(long: pd.DataFrame, maps: list[str], metrics: list[str]) -> pd.DataFrame:
+    """One row a model, cells `value [low, high]`."""
+    part = long[long["map"].isin(maps) & long["metric"].isin(metrics)].copy()
+    part["cell"] = [f"{v:.3g} [{a:.3g}, {b:.3g}]" for v, a, b in part[["value", "low", "high"]].to_numpy()]
+    index = ["backbone", "map", "model"] if len(maps) > 1 and maps[0].startswith("local") else ["backbone", "model"]
+    order = part[index].drop_duplicates()
+    table = part.pivot(index=index, columns="metric", values="cell").loc[list(map(tuple, order.to_numpy()))]
+    return table[[m for m in metrics if m in table]].rename(columns=COLUMNS).fillna("–").reset_index()
+
+
+def write(p: Params) -> pd.DataFrame:
+    """reports/tables/*, reports/metrics.json; returns Table 1 in long form."""
+    paths.TABLES.mkdir(parents=True, exist_ok=True)
+    long = table1(p)
+    long.to_csv(paths.TABLES / "table1.csv", index=False, float_format="%.5g", lineterminator="\n")
+    geometry = ["cos", "ratio", "spectral_kl", "mse", "relative", "value"]
+    levels = sorted({m for m in long["map"] if m.startswith("local")}, reverse=True)
+    text = [
+        "# Table 1, geometry",
+        f"Miniature teachers and students; exact JVPs in fp32, {p.evaluation.prompts} test prompts, "
+        f"{p.evaluation.noises} noise(s) each; 95 % bootstrap intervals over prompts; distillation seeds "
+        f"{', '.join(map(str, p.seeds.distill))}. A teacher compared with itself is 1, 1, 0, 0 by definition.",
+        f"GAD: form `{p.gad.form}`, h = {p.gad.h} per element, λ = {p.gad.lam} on responses divided by h "
+        f"(the paper's λ is λ / h² = {p.gad.lam / p.gad.h**2:g}).",
+        "## Endpoint map z → x0, and images", wide(long, ["endpoint", "images"], [*geometry, "scene", "colour_count"])
+        .to_markdown(index=False),
+        "## GAD minus base, paired", wide(long, ["difference"], ["cos", "ratio", "relative", "value", "scene", "colour_count"])
+        .to_markdown(index=False),
+        "## Local map x_t → x̂0", wide(long, levels, geometry).to_markdown(index=False),
+        "## The paper's Table 1 (PixArt-α at full size; not comparable in scale)", PAPER.to_markdown(index=False),
+    ]
+    (paths.TABLES / "table1.md").write_text("\n\n".join(text) + "\n")
+    teachers = pd.DataFrame([{"backbone": b} | read(paths.teacher_metrics(b)) for b in p.grid.backbones])
+    teachers["spread / world's"] = teachers["spread"] / teachers["spread_world"]
+    teachers.to_csv(paths.TABLES / "teachers.csv", index=False, float_format="%.4g", lineterminator="\n")
+    (paths.TABLES / "teachers.md").write_text(
+        f"# Teachers\n\nOn {p.teacher.prompts} test prompts, by the detector; spread in pixels over seeds of one prompt.\n\n"
+        + teachers.to_markdown(index=False, floatfmt=".3f") + "\n"
+    )
+    metrics = {"teachers": {r["backbone"]: {k: round(v, 4) for k, v in r.items() if k != "backbone"}
+                            for r in teachers.to_dict("records")}, "students": {}}
+    for row in long[long["map"].isin(["endpoint", "images", "difference"])].itertuples():
+        metrics["students"].setdefault(row.backbone, {}).setdefault(row.model, {})[row.metric] = float(f"{row.value:.4g}")
+    paths.METRICS.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    return long

@@ -1,0 +1,192 @@
+"""The one training loop: autoencoders, teachers and students all run through `train`.
+
+Randomness at a step follows from `(seed, step)` alone, so a checkpoint is weights, moments and a step number.
+It is one safetensors file, replaced atomically: a run killed at any moment resumes with the same bits.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+
+@dataclass
+class Role:
+    """One trained module and how its optimiser treats it. `ema`: decay, or None for no average."""
+
+    module: torch.nn.Module
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float | None = None
+    optimiser: torch.optim.Optimizer = field(init=False)
+    average: EMAModel | None = field(init=False, default=None)
+
+    def __post_init__(self):
+        self.params = [p for p in self.module.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(
+            self.params, self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True
+        )
+        if self.ema:
+            self.average = EMAModel(self.params, decay=self.ema, use_ema_warmup=True, power=0.75)
+
+
+class Task(Protocol):
+    """What `train` trains. `losses` returns one scalar for each role to update at this step, by the role's
+    name, and any further scalars to log."""
+
+    roles: dict[str, Role]
+
+    def losses(self, step: int, generator: torch.Generator) -> dict[str, torch.Tensor]: ...
+
+
+class DivergedError(RuntimeError):
+    """A loss became NaN or infinite."""
+
+
+def step_generator(seed: int, step: int, device="cpu", stream: str = "") -> torch.Generator:
+    """The generator of one step: a function of `(seed, step, stream)` only."""
+    digest = hashlib.sha256(f"{seed}/{step}{stream}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def learning_rate(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine to a twentieth; as a factor of the base rate."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def train(
+    task: Task,
+    folder: Path,
+    steps: int,
+    seed: int,
+    identity: dict,
+    warmup: int = 50,
+    save_every: int = 200,
+    log_every: int = 25,
+    accelerator: Accelerator | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Path:
+    """Train `task` for `steps` steps; returns the path of `folder/log.csv`.
+
+    `identity` is whatever fixes the result (parameters, seed): a checkpoint in `folder` with another identity
+    is refused. `on_step(step)` is called before each step, with the number of steps already done.
+    Raises `DivergedError` at the first non-finite loss; the last checkpoint stays.
+    """
+    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+    folder.mkdir(parents=True, exist_ok=True)
+    for role in task.roles.values():
+        role.module.to(accelerator.device)
+        if role.average:
+            role.average.to(accelerator.device)
+        role.optimiser = accelerator.prepare(role.optimiser)
+    state, log = folder / "state.safetensors", folder / "log.csv"
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    start, rows = _load(state, task, key) if state.exists() else (0, [])
+    torch.manual_seed(seed)
+    bar = tqdm(total=steps, initial=start, disable=None, desc=folder.name, mininterval=5)
+    began, last = time.monotonic(), time.monotonic()
+    for step in range(start, steps):
+        if on_step:
+            on_step(step)
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:7], "big"))
+        generator = step_generator(seed, step, accelerator.device)
+        with accelerator.autocast():
+            losses = task.losses(step, generator)
+        row = {"step": step}
+        factor = learning_rate(step, steps, warmup)
+        for name, role in task.roles.items():
+            if name not in losses:
+                continue
+            if not torch.isfinite(losses[name]):
+                raise DivergedError(
+                    f"the {name} loss is {losses[name].item()} at step {step}: lower its lr or gad.lam; "
+                    f"the last checkpoint is kept in {folder}"
+                )
+            accelerator.backward(losses[name], inputs=role.params)
+            row[f"{name}_norm"] = accelerator.clip_grad_norm_(role.params, role.clip).item()
+        for name, role in task.roles.items():
+            if name in losses:
+                for group in role.optimiser.param_groups:
+                    group["lr"] = role.lr * factor
+                role.optimiser.step()
+                role.optimiser.zero_grad(set_to_none=True)
+                if role.average:
+                    role.average.step(role.params)
+        row |= {k: v.item() for k, v in losses.items()}
+        if step % log_every == 0 or step == steps - 1:
+            rows.append(row)
+        bar.update()
+        if not sys.stderr.isatty() and time.monotonic() - last > 30 and not bar.disable is None:
+            last = time.monotonic()
+            eta = (last - began) / (step + 1 - start) * (steps - step - 1)
+            print(f"{folder.name}: step {step + 1}/{steps}, {eta / 60:.1f} min to go", file=sys.stderr, flush=True)
+        if accelerator.is_main_process and ((step + 1) % save_every == 0 or step == steps - 1):
+            _save(state, task, key, step + 1, rows)
+    bar.close()
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    with log.open("w", newline="") as f:
+        writer = csv.DictWriter(f, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in rows)
+    return log
+
+
+def _save(path, task, key, step, rows):
+    tensors = {}
+    for name, role in task.roles.items():
+        for k, v in role.module.state_dict().items():
+            tensors[f"{name}/module/{k}"] = v
+        for i, p in enumerate(role.params):
+            for k, v in role.optimiser.state.get(p, {}).items():
+                tensors[f"{name}/optimiser/{i}/{k}"] = torch.as_tensor(v)
+        if role.average:
+            for i, p in enumerate(role.average.shadow_params):
+                tensors[f"{name}/average/{i}"] = p
+    # Tied weights share memory, which safetensors refuses: a copy each.
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    part = path.with_suffix(".part")
+    save_file(tensors, part, {"key": key, "step": str(step), "rows": json.dumps(rows)})
+    os.replace(part, path)
+
+
+def _load(path, task, key):
+    """Restore in place; returns (steps done, log rows)."""
+    try:
+        with safe_open(path, "pt") as f:
+            meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint ({error}): delete it to start over") from None
+    if meta["key"] != key:
+        raise ValueError(f"{path} belongs to other parameters: delete {path.parent} to start over")
+    for name, role in task.roles.items():
+        prefix = f"{name}/module/"
+        role.module.load_state_dict({k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)})
+        inner = getattr(role.optimiser, "optimizer", role.optimiser)
+        for i, p in enumerate(role.params):
+            prefix = f"{name}/optimiser/{i}/"
+            found = {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+            if found:
+                inner.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in found.items()}
+        if role.average:
+            role.average.optimization_step = int(meta["step"])
+            for i, p in enumerate(role.average.shadow_params):
+                p.copy_(tensors[f"{name}/average/{i}"])
+    return int(meta["step"]), json.loads(meta["rows"])

@@ -1,0 +1,116 @@
+"""Pretraining of the miniature teachers: network and text encoder together, on cached latents of the world."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..backbones import BACKBONES, MINIATURES, Condition
+from ..diffusion import t_like
+from ..training import Role, train
+from . import scenes
+from .detector import centres, judge
+
+
+class TeacherTask:
+    """Denoising score (or flow) matching with captions, a tenth of them dropped for guidance.
+
+    ε-prediction: uniform t, min-SNR weight of γ = 5 (Hang et al. 2023, eq. 6). Flow: t shifted as the sampler's.
+    """
+
+    def __init__(self, backbone, latents, captions, p):
+        self.backbone, self.batch, self.drop = backbone, p["batch"], p["drop"]
+        encoder, network = backbone.pipeline.text_encoder, backbone.network
+        for module in (encoder, network):
+            module.requires_grad_(True).train()
+        self.roles = {"teacher": Role(nn.ModuleList([network, encoder]), p["lr"], ema=p["ema"], weight_decay=0.01)}
+        self.latents = latents
+        self.unique = ["", *dict.fromkeys(captions)]
+        number = {c: i for i, c in enumerate(self.unique)}
+        self.caption = torch.tensor([number[c] for c in captions])
+        self.network = torch.compile(network) if p["compile"] else network
+
+    def losses(self, step, generator):
+        device = self.backbone.device
+        n = self.batch
+        i = torch.randint(len(self.latents), (n,), generator=generator, device=device)
+        x0 = self.latents[i.to(self.latents.device)].to(device)
+        eps = torch.randn(x0.shape, generator=generator, device=device)
+        t = torch.rand(n, generator=generator, device=device)
+        dropped = torch.rand(n, generator=generator, device=device) < self.drop
+        levels = self.backbone.levels
+        if levels.flow:
+            shift = self.backbone.pipeline.scheduler.config.shift
+            t = shift * t / (1 + (shift - 1) * t)
+            weight = torch.ones_like(t)
+        else:
+            t = (t * levels.train_steps).floor() / (levels.train_steps - 1)
+            alpha, sigma = levels.alpha_sigma(t)
+            weight = (5 * sigma**2 / alpha**2).clamp(max=1)
+        text = [self.unique[k] for k in self.caption[i.cpu()].masked_fill(dropped.cpu(), 0)]
+        cond = Condition(*self.backbone.encode_text(text))
+        x_t = levels.add_noise(x0, eps, t)
+        out = self.backbone.raw(self.network, x_t, levels.timestep(t), cond)
+        error = (out.float() - levels.target(x0, eps, t)).square()
+        return {"teacher": (t_like(weight, error) * error).mean(), "mse": error.mean().detach()}
+
+
+def pretrain(name: str, vae, folder: Path, work: Path, p: dict, seed: int, accelerator=None):
+    """Train the miniature teacher of backbone `name` and save it to `folder` as a pipeline."""
+    torch.manual_seed(seed)
+    backbone = BACKBONES[name](MINIATURES[name](vae, scenes.WORDS), name)
+    world = scenes.sample(p["scenes"], seed)
+    with torch.no_grad():
+        latents = torch.cat(
+            [backbone.encode_images(world[i:i + 256].render()) for i in range(0, p["scenes"], 256)]
+        )
+    task = TeacherTask(backbone, latents, world.captions(), p)
+    identity = {"teacher": name, "latents": latents.double().sum().item(), **p}
+    train(task, work, p["steps"], seed, identity, warmup=p["warmup"], accelerator=accelerator)
+    role = task.roles["teacher"]
+    role.average.copy_to(role.params)
+    for module in (backbone.network, backbone.pipeline.text_encoder):
+        module.to("cpu").eval()
+    backbone.pipeline.save_pretrained(folder)
+    return backbone
+
+
+@torch.no_grad()
+def evaluate(backbone, network, steps: int, cfg: float, seed: int, prompts: int = 256, seeds: int = 24) -> dict:
+    """Scene accuracies on `prompts` test prompts, and the spread of the first object's centre over `seeds`
+    noises (RMS distance from the mean, pixels) against the world's for the same prompts."""
+    world = scenes.sample(prompts, seed + 3, "test")
+    objects = [world.objects(i) for i in range(prompts)]
+    images = generate(backbone, network, world.captions(), steps, cfg, seed)
+    accuracy = {k: float(v.mean()) for k, v in judge(images, objects).items()}
+    ours, theirs = [], []
+    for i in range(8):
+        wanted = [objects[i]] * seeds
+        images = generate(backbone, network, [world.captions()[i]] * seeds, steps, cfg, seed + 100 + i)
+        ours.append(spread(centres(images, wanted)))
+        theirs.append(spread(centres(scenes.relayout(world[i], 512, seed + i).render(), [objects[i]] * 512)))
+    return {**accuracy, "spread": float(np.mean(ours)), "spread_world": float(np.mean(theirs))}
+
+
+def spread(points: np.ndarray) -> float:
+    """RMS distance (pixels) of `points` (n, 2) from their mean, absent ones left out."""
+    points = points[~np.isnan(points).any(1)]
+    return float(np.sqrt(((points - points.mean(0)) ** 2).sum(1).mean())) if len(points) > 1 else 0.0
+
+
+@torch.no_grad()
+def generate(backbone, network, prompts: list[str], steps, cfg, seed, batch: int = 128) -> torch.Tensor:
+    """Images (n, 3, H, W), one a prompt, from `noise(n, seed)`."""
+    z, cond = noise(backbone, len(prompts), seed), backbone.encode(prompts)
+    out = [
+        backbone.decode(backbone.sample(network, z[i:i + batch], cond[i:i + batch], steps, cfg))
+        for i in range(0, len(prompts), batch)
+    ]
+    return torch.cat(out)
+
+
+def noise(backbone, n: int, seed: int) -> torch.Tensor:
+    """The `n` noises of a seed: drawn on the CPU, so equal for every model and device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, *backbone.latent_shape, generator=generator).to(backbone.device)

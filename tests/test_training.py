@@ -1,0 +1,187 @@
+"""The training loop: a run killed at any moment ends with the bits it would have had."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gad.training import DivergedError, Role, learning_rate, step_generator, train
+
+
+class Regression:
+    """Fits a line through noise. Uses the step's generator and, in its dropout, the global one. The second
+    role, as a fake score network beside its student, is trained on `often` steps only."""
+
+    def __init__(self, often=1, nan_at=None):
+        torch.manual_seed(7)
+        layers = torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)
+        net = torch.nn.Sequential(*layers)
+        self.roles = {
+            "student": Role(net, 1e-2, ema=0.9, weight_decay=0.01),
+            "fake": Role(torch.nn.Linear(4, 1), 1e-2, betas=(0.0, 0.9), ema=0.9),
+        }
+        self.often, self.nan_at = often, nan_at
+
+    def losses(self, step, generator):
+        x = torch.randn(16, 4, generator=generator)
+        y = x.sum(1, keepdim=True) + 0.1 * torch.randn(16, 1, generator=generator)
+        losses = {"student": (self.roles["student"].module(x) - y).square().mean()}
+        if step == self.nan_at:
+            losses["student"] = losses["student"] * math.nan
+        if step % self.often == 0:
+            losses["fake"] = (self.roles["fake"].module(x) - y).square().mean()
+        return losses | {"size": x.square().mean()}
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(n):
+    def on_step(step):
+        if step == n:
+            raise Killed
+
+    return on_step
+
+
+def run(folder, task, steps=12, identity=None, **kwargs):
+    settings = {"warmup": 3, "save_every": 3, "log_every": 2} | kwargs
+    return train(task, folder, steps, 5, {"lr": 1} if identity is None else identity, **settings)
+
+
+def bits(task):
+    """All that a run leaves: weights, averages, moments."""
+    out = {}
+    for name, role in task.roles.items():
+        out |= {f"{name}/{k}": v for k, v in role.module.state_dict().items()}
+        out |= {f"{name}/average/{i}": p for i, p in enumerate(role.average.shadow_params)}
+        for i, p in enumerate(role.params):
+            out |= {f"{name}/{i}/{k}": v for k, v in role.optimiser.state[p].items()}
+    return {k: v.detach().clone() for k, v in out.items()}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+@pytest.mark.parametrize("killed", [[2], [3], [7], [4, 11]], ids=str)
+@pytest.mark.parametrize("often", [1, 2], ids=["every-step", "every-other-step"])
+def test_a_resumed_run_is_the_same_run(tmp_path, killed, often):
+    whole = Regression(often)
+    log = run(tmp_path / "whole", whole)
+    for n in killed:
+        with pytest.raises(Killed):
+            run(tmp_path / "part", Regression(often), on_step=kill_at(n))
+        torch.randn(n)  # a new process has another global generator
+    task, done = Regression(often), []
+    resumed = run(tmp_path / "part", task, on_step=done.append)
+    assert done == list(range(killed[-1] // 3 * 3, 12))
+    assert resumed.read_bytes() == log.read_bytes()
+    a, b = (load_file(tmp_path / f / "state.safetensors") for f in ("whole", "part"))
+    assert_equal(a, b)
+    assert_equal(bits(task), bits(whole))
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    first = Regression()
+    log = run(tmp_path, first).read_bytes()
+    again, done = Regression(), []
+    assert run(tmp_path, again, on_step=done.append).read_bytes() == log
+    assert done == []
+    assert_equal(bits(again), bits(first))
+
+
+def test_training_learns_and_logs(tmp_path):
+    task = Regression(often=2)
+    log = run(tmp_path, task, steps=200, log_every=75)
+    rows = [line.split(",") for line in log.read_text().splitlines()]
+    assert rows[0] == ["step", "student_norm", "fake_norm", "student", "fake", "size"]
+    assert [row[0] for row in rows[1:]] == ["0", "75", "150", "199"]
+    loss = [float(row[3]) for row in rows[1:]]
+    assert loss[-1] < 0.5 * loss[0]
+    assert [row[4] == "" for row in rows[1:]] == [False, True, False, True]  # absent where it wasn't trained
+    role = task.roles["student"]
+    assert any(not torch.equal(p, q) for p, q in zip(role.params, role.average.shadow_params, strict=True))
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_seed_decides(tmp_path):
+    ends = []
+    for i, seed in enumerate((1, 1, 2)):
+        task = Regression()
+        train(task, tmp_path / str(i), 3, seed, {})
+        ends.append(bits(task))
+    assert_equal(ends[0], ends[1])
+    assert not torch.equal(ends[0]["student/0.weight"], ends[2]["student/0.weight"])
+
+
+def test_only_what_has_a_gradient_is_trained(tmp_path):
+    """One role's loss does not reach another role's weights."""
+
+    class Coupled(Regression):
+        def losses(self, step, generator):
+            x = torch.randn(16, 4, generator=generator)
+            student, fake = (r.module(x) for r in self.roles.values())
+            return {"student": (student - fake).square().mean()}
+
+    task = Coupled()
+    fake = task.roles["fake"].module.weight.detach().clone()
+    student = task.roles["student"].module[0].weight.detach().clone()
+    run(tmp_path, task)
+    assert torch.equal(task.roles["fake"].module.weight, fake)
+    assert task.roles["fake"].module.weight.grad is None
+    assert not torch.equal(task.roles["student"].module[0].weight, student)
+
+
+def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    with pytest.raises(DivergedError, match=r"student loss is nan at step 7"):
+        run(tmp_path, Regression(nan_at=7))
+    assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "state.safetensors").values())
+    task, done = Regression(), []
+    run(tmp_path, task, on_step=done.append)  # with the cause gone it goes on from there
+    assert done == list(range(6, 12))
+    whole = Regression()
+    run(tmp_path / "whole", whole)
+    assert_equal(bits(task), bits(whole))
+
+
+def test_another_identity_is_refused(tmp_path):
+    run(tmp_path, Regression(), identity={"lr": 1, "seed": 0})
+    before = (tmp_path / "state.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="other parameters") as error:
+        run(tmp_path, Regression(), identity={"lr": 2, "seed": 0})
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+    run(tmp_path, Regression(), identity={"seed": 0, "lr": 1})  # the order of keys is not part of it
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_named(tmp_path, keep):
+    run(tmp_path, Regression())
+    state = tmp_path / "state.safetensors"
+    content = state.read_bytes()
+    state.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(ValueError, match="not a readable checkpoint") as error:
+        run(tmp_path, Regression())
+    assert str(state) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_step_generator_depends_on_both():
+    def draw(*args):
+        return torch.rand(4, generator=step_generator(*args)).tolist()
+
+    assert draw(1, 2) == draw(1, 2)
+    assert len({tuple(draw(seed, step)) for seed in range(5) for step in range(5)}) == 25
+    assert draw(1, 23) != draw(12, 3)
+
+
+def test_learning_rate():
+    factors = [learning_rate(step, 100, 10) for step in range(101)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10] == pytest.approx(1) and factors[100] == pytest.approx(0.05)
+    assert all(a > b for a, b in pairwise(factors[10:]))
+    assert learning_rate(0, 5, 0) == 1 and 0 < learning_rate(4, 5, 50) < 1
