@@ -27,12 +27,10 @@ class Levels:
             self._log_alpha_bar = scheduler.alphas_cumprod.double().log()
 
     def timestep(self, t: Tensor) -> Tensor:
-        """What the network is told (B,): the flow's t · T, or the VP index, exactly whole where `t` is."""
+        """What the network is told (B,): the flow's t · T, or the VP index."""
         if self.flow:
             return (t.double() * self.train_steps).float()
-        index = t.double() * (self.train_steps - 1)
-        whole = index.round()
-        return torch.where((index - whole).abs() < 1e-3, whole, index).float()
+        return (t.double() * (self.train_steps - 1)).float()
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """`α_t` and `σ_t`, (B,) fp32, for `t` (B,) in [0, 1]."""

@@ -39,11 +39,11 @@ def jvp(f: Map, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         try:
             return torch.func.jvp(f, (x,), (v,))
         except (NotImplementedError, RuntimeError) as error:
-            if "forward AD" not in str(error) and "forward-mode" not in str(error):
+            if not any(s in str(error) for s in ("forward AD", "forward mode AD", "forward-mode", "functorch")):
                 raise
             raise RuntimeError(
-                "an operation in f has no forward-mode derivative (fused attention, checkpointing and compiled "
-                f"modules have none): use eager modules, or response(scheme='central'). {error}"
+                "an operation in f has no forward-mode derivative (as custom autograd functions and fused attention "
+                f"processors): replace it, or use response(scheme='central'). {error}"
             ) from error
 
 
@@ -67,6 +67,8 @@ def response(
         behind = f(x - h * v) if scheme == "central" else f(x) if base is None else base
         if behind.shape != ahead.shape:
             raise ValueError(f"base has shape {tuple(behind.shape)}, f returns {tuple(ahead.shape)}")
+        if not torch.isfinite(behind).all():
+            raise ValueError(f"{'f(x)' if base is None else 'base'} has values that are not finite")
         return (ahead - _wide(behind)) / (2 * h if scheme == "central" else h)
 
 
@@ -88,7 +90,9 @@ def output_loss(
     """
     with torch.no_grad():
         target = response(teacher, x, v, h, scheme, teacher_base)
-    loss = (response(student, x, v, h, scheme, student_base) - target).square().flatten(1).mean(1)
+    own = response(student, x, v, h, scheme, student_base)
+    _same(own, target, "student", "teacher")
+    loss = (own - target).square().flatten(1).mean(1)
     return loss / target.square().flatten(1).mean(1) if normalise else loss
 
 
@@ -107,14 +111,23 @@ def score_gradient(
 
     `fake` and `real` are scores or x̂0-predictions; for noise predictions the sign is the opposite.
     """
-    return response(fake, x_t, v, h, scheme, fake_base) - response(real, x_t, v, h, scheme, real_base)
+    j_fake = response(fake, x_t, v, h, scheme, fake_base)
+    j_real = response(real, x_t, v, h, scheme, real_base)
+    _same(j_fake, j_real, "fake", "real")
+    return j_fake - j_real
 
 
 def surrogate(x: Tensor, gradient: Tensor) -> Tensor:
     """A loss (B,) whose gradient with respect to `x` is `gradient`."""
-    if x.shape != gradient.shape:
-        raise ValueError(f"gradient has shape {tuple(gradient.shape)}, x has {tuple(x.shape)}")
+    _same(gradient, x, "gradient", "x")
+    if not torch.isfinite(gradient).all():
+        raise ValueError("gradient has values that are not finite")
     return (_wide(x) * gradient.detach()).flatten(1).sum(1)
+
+
+def _same(a: Tensor, b: Tensor, name_a: str, name_b: str):
+    if a.shape != b.shape:
+        raise ValueError(f"{name_a} has shape {tuple(a.shape)}, {name_b} has {tuple(b.shape)}: they must agree")
 
 
 def _wide(y: Tensor) -> Tensor:
@@ -126,8 +139,7 @@ def _precise(x: Tensor):
 
 
 def _check(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    if x.shape != v.shape:
-        raise ValueError(f"v has shape {tuple(v.shape)}, x has {tuple(x.shape)}: they must agree")
+    _same(v, x, "v", "x")
     for name, value in (("x", x), ("v", v)):
         if not torch.isfinite(value).all():
             raise ValueError(f"{name} has values that are not finite")

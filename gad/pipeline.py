@@ -42,6 +42,7 @@ def execute(source: Path, target: Path, parameters: dict):
             str(running),
             parameters,
             kernel_name="python3",
+            language="python",
             progress_bar=False,
             cwd=str(ROOT),
             start_timeout=300,

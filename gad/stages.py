@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderDC, AutoencoderKL
 from torchvision.utils import save_image
 
@@ -25,6 +26,7 @@ from .world.detector import judge
 def prepare(p: Params, precision: str = "no") -> Accelerator:
     """Threads, determinism and the accelerator of a stage."""
     torch.set_num_threads(p.threads)
+    AcceleratorState._reset_state()  # several stages may share one notebook or session
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
 
 

@@ -134,7 +134,7 @@ def train(
         if step % log_every == 0 or step == steps - 1:
             rows.append(row)
         bar.update()
-        if not sys.stderr.isatty() and time.monotonic() - last > 30 and not bar.disable is None:
+        if bar.disable and accelerator.is_main_process and time.monotonic() - last > 30:  # no terminal: a line at times
             last = time.monotonic()
             eta = (last - began) / (step + 1 - start) * (steps - step - 1)
             print(f"{folder.name}: step {step + 1}/{steps}, {eta / 60:.1f} min to go", file=sys.stderr, flush=True)
@@ -145,7 +145,7 @@ def train(
     with log.open("w", newline="") as f:
         writer = csv.DictWriter(f, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in rows)
+        writer.writerows({k: v if k == "step" else f"{v:.6g}" for k, v in row.items()} for row in rows)
     return log
 
 
@@ -158,6 +158,7 @@ def _save(path, task, key, step, rows):
             for k, v in role.optimiser.state.get(p, {}).items():
                 tensors[f"{name}/optimiser/{i}/{k}"] = torch.as_tensor(v)
         if role.average:
+            tensors[f"{name}/averaged"] = torch.tensor(role.average.optimization_step)
             for i, p in enumerate(role.average.shadow_params):
                 tensors[f"{name}/average/{i}"] = p
     # Tied weights share memory, which safetensors refuses: a copy each.
@@ -171,7 +172,7 @@ def _load(path, task, key):
     """Restore in place; returns (steps done, log rows)."""
     try:
         with safe_open(path, "pt") as f:
-            meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+            meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable checkpoint ({error}): delete it to start over") from None
     if meta["key"] != key:
@@ -184,9 +185,9 @@ def _load(path, task, key):
             prefix = f"{name}/optimiser/{i}/"
             found = {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
             if found:
-                inner.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in found.items()}
+                inner.state[p] = {k: v.to(p.device) for k, v in found.items()}
         if role.average:
-            role.average.optimization_step = int(meta["step"])
+            role.average.optimization_step = int(tensors.get(f"{name}/averaged", int(meta["step"])))
             for i, p in enumerate(role.average.shadow_params):
                 p.copy_(tensors[f"{name}/average/{i}"])
     return int(meta["step"]), json.loads(meta["rows"])

@@ -72,6 +72,10 @@ def test_sample_is_the_pipelines(backbone, cond, prompts, z, steps, cfg):
 @pytest.mark.parametrize("steps", [3, 7])
 @torch.no_grad()
 def test_sample_is_the_pipelines_at_steps_that_do_not_divide(backbone, cond, prompts, z, steps):
+    if not backbone.levels.flow:  # DDIM's own step then misses its next time
+        with pytest.raises(ValueError, match=f"steps={steps} must divide 1000"):
+            backbone.sample(backbone.network, z, cond, steps, 3.0)
+        return
     ours = backbone.sample(backbone.network, z, cond, steps, 3.0)
     assert_same(ours, call(backbone, prompts, z, steps, 3.0))
 

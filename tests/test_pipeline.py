@@ -21,6 +21,7 @@ def own_place(monkeypatch, tmp_path):
     """Nothing of the runner's leaves the test: scratch files go to tmp_path, the environment is restored."""
     monkeypatch.setattr(paths, "DATA", tmp_path / "data")
     monkeypatch.setattr(pipeline, "ROOT", tmp_path)
+    monkeypatch.setattr(graph, "ROOT", tmp_path)
     monkeypatch.setattr(graph, "PENDING", tmp_path / "data/.resume/fresh")
     before = dict(os.environ)
     yield tmp_path
@@ -35,11 +36,8 @@ def notebook(folder, *sources, name="n.ipynb", default="seed = 0"):
 
 
 def test_executed_notebook_is_byte_stable(own_place):
-    source = notebook(
-        own_place,
-        "import sys\nfor i in range(3):\n    print(i, seed, flush=True)\n    print('to stderr', file=sys.stderr, flush=True)",
-        "seed",
-    )
+    loop = "    print(i, seed, flush=True)\n    print('to stderr', file=sys.stderr, flush=True)"
+    source = notebook(own_place, f"import sys\nfor i in range(3):\n{loop}", "seed")
     for name in ("a.ipynb", "b.ipynb"):
         pipeline.execute(source, own_place / "out" / name, {"seed": 7})
     assert (own_place / "out/a.ipynb").read_bytes() == (own_place / "out/b.ipynb").read_bytes()
@@ -52,7 +50,7 @@ def test_executed_notebook_is_byte_stable(own_place):
 
 def test_failed_notebook_is_one_line_and_kept(own_place):
     source = notebook(own_place, "raise ValueError('first line\\nthe last line')")
-    with pytest.raises(pipeline.PipelineError, match="^ValueError: the last line ") as error:
+    with pytest.raises(pipeline.PipelineError, match=r"^ValueError: the last line ") as error:
         pipeline.execute(source, own_place / "out.ipynb", {})
     assert "\n" not in str(error.value) and not (own_place / "out.ipynb").exists()
     kept = nbformat.read(own_place / "data/.resume/notebooks/out.ipynb", 4)
@@ -63,7 +61,7 @@ def test_failed_notebook_is_one_line_and_kept(own_place):
     "arguments, said",
     [
         (["notebooks/none.ipynb", "x.ipynb"], "does not exist"),
-        (["notebooks/03_distill.ipynb", "x.ipynb", "--set", "h=1"], "takes backbone, paradigm, variant, seed"),
+        (["notebooks/03_distill.ipynb", "x.ipynb", "--set", "h=1"], "backbone, paradigm, variant, seed"),
         (["notebooks/03_distill.ipynb", "x.ipynb", "--set", "backbone=none"], "there are sd2, pixart, sana"),
         (["notebooks/03_distill.ipynb", "x.ipynb", "--set", "seed"], "KEY=VALUE"),
     ],
@@ -92,7 +90,7 @@ def test_scrub_keeps_what_a_reader_sees():
         new_output("stream", name="stdout", text="b"),
         new_output("display_data", {"text/plain": "c"}),
     ]
-    made = pipeline.scrub(new_notebook(cells=[cell], metadata={"papermill": {}, "language_info": {}}))
+    made = pipeline.scrub(new_notebook(cells=[cell], metadata={"papermill": {}, "language_info": {"name": "python"}}))
     assert set(made.metadata) == {"kernelspec"} and made.cells[0].metadata == {"tags": ["t"]}
     assert [o.get("text") or o.data["text/plain"] for o in made.cells[0].outputs] == ["ab", "c"]
 
@@ -128,7 +126,8 @@ def test_stages_wait_for_what_they_need_and_failures_stay_in_their_column(monkey
 
 def test_interrupted_fresh_run_goes_on(own_place):
     p = params.load()
-    parents = dict.fromkeys(["teacher@sd2", "distill@sd2-tdm-gad-0", "evaluate@sd2-tdm-gad-0", "tables"], set())
+    names = ("teacher@sd2", "distill@sd2-tdm-gad-0", "evaluate@sd2-tdm-gad-0", "tables")
+    parents = {name: set() for name in names}
     (own_place / "data/.resume/sd2-tdm-gad-0").mkdir(parents=True)
     (own_place / "data/.resume/teacher-sd2").mkdir()
     students = {"distill@sd2-tdm-gad-0", "evaluate@sd2-tdm-gad-0"}

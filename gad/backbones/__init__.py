@@ -29,7 +29,7 @@ def load(name_or_path: str | Path, params=None) -> Backbone:
 
         path = entry.path or paths.teacher(str(name_or_path))
         family = entry.family or str(name_or_path)
-        options = {"revision": entry.revision, "torch_dtype": getattr(torch, entry.dtype)}
+        options = {"revision": entry.revision, "dtype": getattr(torch, entry.dtype)}
     else:
         path = name_or_path
     folder = Path(path)

@@ -22,8 +22,8 @@ class Condition:
         return len(self.embeds)
 
     def __getitem__(self, index) -> "Condition":
-        if isinstance(index, int):
-            index = slice(index, index + 1)
+        if not isinstance(index, slice) and torch.as_tensor(index).ndim == 0:
+            index = [int(index)]
         return Condition(self.embeds[index], self.mask[index])
 
     def to(self, *args, **kwargs) -> "Condition":
@@ -167,6 +167,8 @@ class Backbone:
 
     def times(self, steps: int) -> Tensor:
         """The `steps` sampling times, falling, then 0 or below for clean; (steps + 1,) float64."""
+        if not self.levels.flow and self.levels.train_steps % steps:
+            raise ValueError(f"steps={steps} must divide {self.levels.train_steps}: DDIM's times are even only then")
         scheduler = self.scheduler(steps)
         scheduler.set_timesteps(steps)
         if self.levels.flow:

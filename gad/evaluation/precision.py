@@ -1,6 +1,7 @@
 """What a finite difference is worth: its agreement with the exact JVP over h and precision, and what the
 published setting (fp16, h = 1e-2 as the L2 norm of the whole direction) reports for a student whose true
-cosine is known."""
+cosine is known. Both on the network's raw output: x̂0 holds a multiple of x_t itself, whose response any two
+models share."""
 
 import copy
 
@@ -30,11 +31,11 @@ def low_precision_response(f, x, v, h, dtype, scheme="forward"):
 
 @torch.no_grad()
 def sweep(backbone: Backbone, test, cfg: float) -> pd.DataFrame:
-    """Cosine and relative error of differences of the teacher's local map x_t → x̂0 against the exact JVP."""
+    """Cosine and relative error of differences of the teacher's output at x_t against the exact JVP."""
     x_t = backbone.add_noise(test.x0, test.z, TIME.expand(len(test)))
 
     def f(x):
-        return backbone.x0(backbone.network, x, TIME, test.cond, cfg)
+        return backbone.output(backbone.network, x, TIME, test.cond, cfg)
 
     exact = geometry.jvp(f, x_t, test.v)[1]
     rows = []
@@ -61,7 +62,7 @@ def known_students(backbone: Backbone, test, seed: int) -> pd.DataFrame:
         generator = torch.Generator().manual_seed(seed)
         for w in student.parameters():
             w += noise * w.std(correction=0) * torch.randn(w.shape, generator=generator).to(w.device)
-        maps = [lambda x, n=n: backbone.x0(n, x, TIME, test.cond) for n in (student, backbone.network)]
+        maps = [lambda x, n=n: backbone.output(n, x, TIME, test.cond) for n in (student, backbone.network)]
         exact = [geometry.jvp(f, x_t, test.v)[1] for f in maps]
         known = row(exact[0], exact[0], exact[1], exact[1])
         entry = {"weight_noise": noise, "exact_cos": sum(known["cos"]) / len(known["cos"])}

@@ -36,8 +36,10 @@ def detect(image: torch.Tensor) -> tuple[list[Found], str]:
     nearest = distance.argmin(0)
     found = []
     for c, colour in enumerate(COLOURS):
-        # Opening drops one-pixel rims: half-covered yellow on black is nearest to green.
-        labels, _ = ndimage.label(ndimage.binary_opening(nearest == c))
+        # Opening drops one-pixel rims (half-covered yellow on black is nearest to green); propagating back
+        # restores the corners of what stays.
+        mask = nearest == c
+        labels, _ = ndimage.label(ndimage.binary_propagation(ndimage.binary_opening(mask), mask=mask))
         for k, where in enumerate(ndimage.find_objects(labels), start=1):
             mask = labels[where] == k
             if mask.sum() >= MIN_AREA:

@@ -51,7 +51,8 @@ class Scenes:
         return len(self.count)
 
     def __getitem__(self, index):
-        return Scenes(*(np.atleast_1d(getattr(self, f.name)[index]) for f in fields(self)))
+        index = [index] if isinstance(index, (int, np.integer)) else index
+        return Scenes(*(getattr(self, f.name)[index] for f in fields(self)))
 
     def objects(self, i: int) -> list[tuple[str, str]]:
         """The `(shape, colour)` names of scene `i`."""

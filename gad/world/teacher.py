@@ -85,7 +85,7 @@ def evaluate(backbone, network, steps: int, cfg: float, seed: int, prompts: int 
     images = generate(backbone, network, world.captions(), steps, cfg, seed)
     accuracy = {k: float(v.mean()) for k, v in judge(images, objects).items()}
     ours, theirs = [], []
-    for i in range(8):
+    for i in range(min(8, prompts)):
         wanted = [objects[i]] * seeds
         images = generate(backbone, network, [world.captions()[i]] * seeds, steps, cfg, seed + 100 + i)
         ours.append(spread(centres(images, wanted)))
