@@ -32,12 +32,16 @@ def main(argv: list[str] | None = None) -> int:
         p = load(**({"path": args.params} if args.params else {}), **overrides)
         from . import stages
 
-        if args.command == "autoencoder":
-            key = args.kind
-        elif args.command in ("teacher", "diagnose"):
-            key = args.backbone
-        else:
+        known = {
+            "kind": p.autoencoder, "backbone": p.backbones, "paradigm": p.paradigms, "variant": ("base", "gad")
+        }
+        for name, choices in known.items():
+            if getattr(args, name, None) not in (None, *choices):
+                raise ParamsError(f"{name}={getattr(args, name)!r} is unknown: there are {', '.join(choices)}")
+        if "paradigm" in args:
             key = Run(args.backbone, args.paradigm, args.variant, args.seed)
+        else:
+            key = args.kind if "kind" in args else args.backbone
         print(json.dumps(getattr(stages, args.command)(key, p), indent=2))
     except (ParamsError, ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"gad: {error}", file=sys.stderr)

@@ -40,6 +40,7 @@ class Gad(_Section):
     directions: PositiveInt
     every: PositiveInt
     pairs: PositiveInt
+    normalise: bool
 
 
 class Base(_Section):

@@ -133,6 +133,10 @@ def write(p: Params) -> pd.DataFrame:
         "## The paper's Table 1 (PixArt-α at full size; not comparable in scale)", PAPER.to_markdown(index=False),
     ]
     (paths.TABLES / "table1.md").write_text("\n\n".join(text) + "\n")
+    summary = wide(long[long["model"].isin({label(r) for r in p.runs()})], ["endpoint", "images"],
+                   ["cos", "ratio", "spectral_kl", "relative", "scene"]).to_markdown(index=False) + "\n"
+    (paths.TABLES / "summary.md").write_text(summary)
+    _into_readme(summary)
     teachers = pd.DataFrame([{"backbone": b} | read(paths.teacher_metrics(b)) for b in p.grid.backbones])
     teachers["spread / world's"] = teachers["spread"] / teachers["spread_world"]
     teachers.to_csv(paths.TABLES / "teachers.csv", index=False, float_format="%.4g", lineterminator="\n")
@@ -146,3 +150,12 @@ def write(p: Params) -> pd.DataFrame:
         metrics["students"].setdefault(row.backbone, {}).setdefault(row.model, {})[row.metric] = float(f"{row.value:.4g}")
     paths.METRICS.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     return long
+
+
+def _into_readme(table: str, begin="<!-- summary -->\n", end="<!-- /summary -->"):
+    """The README shows the table as it is made, never typed in."""
+    path = paths.ROOT / "README.md"
+    text = path.read_text() if path.exists() else ""
+    if begin in text:
+        head, rest = text.split(begin)
+        path.write_text(head + begin + table + end + rest.split(end)[1])

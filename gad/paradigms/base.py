@@ -133,8 +133,9 @@ def _map(paradigm, tangents, gad, generator):
         along = ((z - at.z) * at.v).flatten(1).sum(1) / at.v.square().flatten(1).sum(1)
         return at.x0 + t_like(along, at.jv) * at.jv
 
+    base = at.x0 if gad.scheme == "forward" else None
     return geometry.output_loss(
-        endpoint, tangent, at.z, at.v, gad.h, gad.scheme, teacher_base=at.x0 if gad.scheme == "forward" else None
+        endpoint, tangent, at.z, at.v, gad.h, gad.scheme, teacher_base=base, normalise=gad.normalise
     )
 
 

@@ -1,0 +1,42 @@
+"""The README's code runs, and its table is the pipeline's."""
+
+import re
+
+import torch
+
+from gad.params import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_ten_lines_run_and_point_the_right_way():
+    code = re.search(r"<!-- example:.*?-->\n```python\n(.*?)```", README, re.S).group(1)
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert len(lines) <= 10
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(4, 4, bias=False)
+    target = torch.randn(4, 4)
+    scope = {
+        "student": lambda z, cond: linear(z), "teacher": lambda z, cond: z @ target.T, "cond": None,
+        "z": torch.randn(8, 4), "base_loss": torch.zeros(()),
+    }
+    gap = []
+    optimiser = torch.optim.Adam(linear.parameters(), 0.05)
+    for _ in range(200):
+        exec(code, scope)
+        optimiser.zero_grad()
+        scope["loss"].backward()
+        optimiser.step()
+        gap.append((linear.weight - target).norm().item())
+    assert gap[-1] < 0.05 * gap[0]
+
+
+def test_the_table_is_the_pipelines():
+    shown = README.split("<!-- summary -->\n")[1].split("<!-- /summary -->")[0]
+    assert shown == (ROOT / "reports/tables/summary.md").read_text()
+
+
+def test_what_it_links_to_exists():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    missing = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
+    assert not missing
