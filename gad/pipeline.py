@@ -85,7 +85,8 @@ class _Terminal:
 
 
 def scrub(notebook):
-    """Drop what differs between two runs: times, cell ids, versions, stderr, how stdout was cut in pieces."""
+    """Drop what differs between two runs: times, cell ids, versions, stderr, how stdout was cut in pieces,
+    addresses of objects."""
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     for i, cell in enumerate(notebook.cells):
         cell.id = str(i)
@@ -96,6 +97,8 @@ def scrub(notebook):
         for output in cell.outputs:
             if output.get("name") == "stderr":
                 continue
+            if "text/plain" in output.get("data", {}):
+                output.data["text/plain"] = re.sub(r" at 0x[0-9a-f]+", "", output.data["text/plain"])
             if kept and output.get("name") == "stdout" == kept[-1].get("name"):
                 kept[-1].text += output.text
             else:

@@ -106,11 +106,13 @@ def published(p: Params):
         for (name, scheme), part in sweep.groupby(["precision", "scheme"], sort=False):
             left.plot(part["h"], part["cos"], "o-" if scheme == "forward" else "s--", ms=3, color=shades[name],
                       label=f"{name}, {scheme}")
-        left.set(xscale="log", xlabel="h, per element", ylabel=f"{backbone}\ncosine with the exact JVP", ylim=(-0.1, 1.05))
+        left.set(xscale="log", xlabel="h, per element", ylim=(-0.1, 1.05))
+        left.set_ylabel(f"{backbone}\ncosine with the exact JVP")
         left.axvline(PUBLISHED, color="gray", ls=":", lw=1)
         left.text(PUBLISHED, 1.07, "published", ha="center", fontsize=7, color="gray")
         known = pd.read_csv(paths.diagnosis(backbone) / "published.csv")
-        right.plot(known["exact_cos"], known["ours_cos"], "o-", color=shades["fp32"], label="fp32, h = 0.01 per element")
+        right.plot(known["exact_cos"], known["ours_cos"], "o-", color=shades["fp32"],
+                   label="fp32, h = 0.01 per element")
         right.plot(known["exact_cos"], known["released_cos"], "s--", color=shades["fp16"],
                    label="fp16, ‖hv‖ = 0.01 as published")
         right.plot(known["exact_cos"], known["released_element_cos"], "s-", color=shades["fp16"],

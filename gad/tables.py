@@ -12,7 +12,11 @@ from .evaluation.geometry import bootstrap, spectral_kl
 from .params import Params, Run
 
 PAPER = pd.DataFrame(  # Table 1 of the paper, PixArt-α at full size
-    [("Teacher", 1.000, 1.000, 0.000, 0.000), ("TDM", 0.012, 0.98, 0.008, 0.0003), ("TDM + GAD", 0.014, 0.99, 0.006, 0.0002)],
+    [
+        ("Teacher", 1.000, 1.000, 0.000, 0.000),
+        ("TDM", 0.012, 0.98, 0.008, 0.0003),
+        ("TDM + GAD", 0.014, 0.99, 0.006, 0.0002),
+    ],
     columns=["model", "JVP cos ↑", "Jac norm → 1", "Spec KL ↓", "JVP MSE ↓"],
 )
 COLUMNS = {
@@ -116,7 +120,7 @@ def write(p: Params) -> pd.DataFrame:
     paths.TABLES.mkdir(parents=True, exist_ok=True)
     long = table1(p)
     long.to_csv(paths.TABLES / "table1.csv", index=False, float_format="%.5g", lineterminator="\n")
-    geometry = ["cos", "ratio", "spectral_kl", "mse", "relative", "value"]
+    geometry, quality = ["cos", "ratio", "spectral_kl", "mse", "relative", "value"], ["scene", "colour_count"]
     levels = sorted({m for m in long["map"] if m.startswith("local")}, reverse=True)
     text = [
         "# Table 1, geometry",
@@ -125,10 +129,10 @@ def write(p: Params) -> pd.DataFrame:
         f"{', '.join(map(str, p.seeds.distill))}. A teacher compared with itself is 1, 1, 0, 0 by definition.",
         f"GAD: form `{p.gad.form}`, h = {p.gad.h} per element, λ = {p.gad.lam} on responses divided by h "
         f"(the paper's λ is λ / h² = {p.gad.lam / p.gad.h**2:g}).",
-        "## Endpoint map z → x0, and images", wide(long, ["endpoint", "images"], [*geometry, "scene", "colour_count"])
-        .to_markdown(index=False),
-        "## GAD minus base, paired", wide(long, ["difference"], ["cos", "ratio", "relative", "value", "scene", "colour_count"])
-        .to_markdown(index=False),
+        "## Endpoint map z → x0, and images",
+        wide(long, ["endpoint", "images"], [*geometry, *quality]).to_markdown(index=False),
+        "## GAD minus base, paired",
+        wide(long, ["difference"], ["cos", "ratio", "relative", "value", *quality]).to_markdown(index=False),
         "## Local map x_t → x̂0", wide(long, levels, geometry).to_markdown(index=False),
         "## The paper's Table 1 (PixArt-α at full size; not comparable in scale)", PAPER.to_markdown(index=False),
     ]
@@ -141,13 +145,15 @@ def write(p: Params) -> pd.DataFrame:
     teachers["spread / world's"] = teachers["spread"] / teachers["spread_world"]
     teachers.to_csv(paths.TABLES / "teachers.csv", index=False, float_format="%.4g", lineterminator="\n")
     (paths.TABLES / "teachers.md").write_text(
-        f"# Teachers\n\nOn {p.teacher.prompts} test prompts, by the detector; spread in pixels over seeds of one prompt.\n\n"
+        f"# Teachers\n\nOn {p.teacher.prompts} test prompts, by the detector; spread in pixels over seeds of one "
+        "prompt.\n\n"
         + teachers.to_markdown(index=False, floatfmt=".3f") + "\n"
     )
     metrics = {"teachers": {r["backbone"]: {k: round(v, 4) for k, v in r.items() if k != "backbone"}
                             for r in teachers.to_dict("records")}, "students": {}}
     for row in long[long["map"].isin(["endpoint", "images", "difference"])].itertuples():
-        metrics["students"].setdefault(row.backbone, {}).setdefault(row.model, {})[row.metric] = float(f"{row.value:.4g}")
+        of = metrics["students"].setdefault(row.backbone, {}).setdefault(row.model, {})
+        of[row.metric] = float(f"{row.value:.4g}")
     paths.METRICS.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     return long
 

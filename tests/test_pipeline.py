@@ -10,7 +10,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from gad import graph, params, paths, pipeline
+from gad import graph, params, paths, pipeline, tables
 from gad.params import ROOT, Run
 
 SMOKE = yaml.safe_load((ROOT / "tests/smoke.yaml").read_text())
@@ -88,11 +88,11 @@ def test_scrub_keeps_what_a_reader_sees():
         new_output("stream", name="stdout", text="a"),
         new_output("stream", name="stderr", text="warning"),
         new_output("stream", name="stdout", text="b"),
-        new_output("display_data", {"text/plain": "c"}),
+        new_output("display_data", {"text/plain": "<Grid at 0x7f8aa06e6210>"}),
     ]
     made = pipeline.scrub(new_notebook(cells=[cell], metadata={"papermill": {}, "language_info": {"name": "python"}}))
     assert set(made.metadata) == {"kernelspec"} and made.cells[0].metadata == {"tags": ["t"]}
-    assert [o.get("text") or o.data["text/plain"] for o in made.cells[0].outputs] == ["ab", "c"]
+    assert [o.get("text") or o.data["text/plain"] for o in made.cells[0].outputs] == ["ab", "<Grid>"]
 
 
 PARENTS = {"a": set(), "b@1": {"a"}, "b@2": {"a"}, "c@1": {"b@1"}, "c@2": {"b@2"}, "d": {"c@1", "c@2"}}
@@ -149,83 +149,85 @@ class Copy:
     def python(self, *arguments):
         env = {**os.environ, "PYTHONPATH": str(self.folder), "DVC_NO_ANALYTICS": "1"}
         env["PATH"] = os.pathsep.join((os.path.dirname(sys.executable), env["PATH"]))
-        return subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", *arguments], cwd=self.folder, env=env, text=True, capture_output=True
         )
-
-    def dvc(self, *arguments):
-        done = self.python("dvc", *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    def reproduce(self):
+        """Everything, two stages at a time; returns the stages that ran."""
+        lines = self.python("gad.pipeline", "reproduce", "--jobs", "2").splitlines()
+        return {line.split()[1].rstrip(":") for line in lines if line.startswith("[") and ": done" in line}
+
     def changed(self):
         """Stages that DVC would run for their own sake, not for what runs before them."""
-        return set(json.loads(self.dvc("status", "--json")))
+        return set(json.loads(self.python("dvc", "status", "--json")))
 
     def edit(self, overrides):
-        """params.yaml with `overrides`; returns its text before."""
         path = self.folder / "params.yaml"
-        before = path.read_text()
-        path.write_text(yaml.safe_dump(graph._merged(yaml.safe_load(before), overrides), sort_keys=False))
-        return before
+        path.write_text(yaml.safe_dump(graph._merged(yaml.safe_load(path.read_text()), overrides), sort_keys=False))
+
+    def notebooks(self):
+        return [f for name in ("data", "reports") for f in (self.folder / name / "notebooks").glob("*.ipynb")]
+
+
+def column(backbone):
+    yield from (f"teacher@{backbone}", f"diagnose@{backbone}")
+    yield from (f"{s}@{backbone}-tdm-{v}-0" for s in ("distill", "evaluate") for v in ("base", "gad"))
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """One column of the grid, made from nothing."""
     folder = tmp_path_factory.mktemp("copy")
-    made = Copy(graph.sandbox(folder, {**SMOKE, "grid": {"backbones": ["sd2"]}}))
-    done = made.python("gad.pipeline", "reproduce", "--jobs", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
+    made = Copy(graph.sandbox(folder, graph._merged(SMOKE, {"grid": {"backbones": ["sd2"]}})))
+    made.first = made.reproduce()
     return made
 
 
-def column(backbone, variants=("base", "gad")):
-    runs = [Run(backbone, "tdm", v, 0) for v in variants]
-    return {f"{stage}@{run}" for stage in ("distill", "evaluate") for run in runs}
-
-
-pipeline_test = [pytest.mark.pipeline, pytest.mark.slow]
-
-
+@pytest.mark.pipeline
+@pytest.mark.slow
 class TestGraph:
-    pytestmark = pipeline_test
+    """In this order: later tests change the copy."""
 
     def test_from_nothing(self, copy):
+        assert copy.first == {"autoencoder@kl", "autoencoder@dc", *column("sd2"), "tables", "figures"}
         for name in ("results/sd2-tdm-gad-0.json", "samples/sd2-tdm-base-0.png", "metrics/teacher-sd2.json"):
             assert (copy.folder / "data" / name).stat().st_size
         for name in ("tables/table1.md", "tables/teachers.csv", "metrics.json", "figures/figure2.png"):
             assert (copy.folder / "reports" / name).stat().st_size
 
+    def test_executed_notebooks_hold_nothing_of_the_machine(self, copy):
+        assert len(copy.notebooks()) == len(copy.first)
+        for path in copy.notebooks():
+            text = path.read_text()
+            assert str(copy.folder) not in text and str(ROOT) not in text and "at 0x" not in text, path.name
+
     def test_second_repro_does_nothing(self, copy):
-        assert "Running stage" not in copy.dvc("repro")
+        assert "Running stage" not in copy.python("dvc", "repro")
 
     def test_stage_forced_again_gives_the_same_bytes(self, copy):
-        stage = "evaluate@sd2-tdm-gad-0"
         lock = (copy.folder / "dvc.lock").read_text()
-        copy.dvc("repro", "--force", "--single-item", stage)
+        copy.python("dvc", "repro", "--force", "--single-item", "evaluate@sd2-tdm-gad-0")
         assert (copy.folder / "dvc.lock").read_text() == lock
 
-    def test_lam_concerns_gad_students_and_what_follows(self, copy):
-        before = copy.edit({"gad": {"lam": 0.5}})
-        assert copy.changed() == {"distill@sd2-tdm-gad-0", "tables"}
-        (copy.folder / "params.yaml").write_text(before)
-        assert copy.changed() == set()
+    def test_missing_result_is_an_error_with_its_name(self, copy, monkeypatch):
+        monkeypatch.setattr(paths, "DATA", copy.folder / "data")
+        monkeypatch.setattr(paths, "ROOT", copy.folder)
+        result = paths.result(Run("sd2", "tdm", "gad", 0))
+        kept = result.rename(result.with_suffix(".kept"))
+        try:
+            with pytest.raises(FileNotFoundError, match=r"results/sd2-tdm-gad-0\.json"):
+                tables.write(params.load(copy.folder / "params.yaml"))
+        finally:
+            kept.rename(result)
 
-    def test_missing_result_is_an_error_with_its_name(self, copy):
-        path = copy.folder / "data/results/sd2-tdm-gad-0.json"
-        kept = path.read_bytes()
-        path.unlink()
-        done = copy.python("gad.pipeline", "notebooks/05_tables.ipynb", "reports/x.ipynb")
-        path.write_bytes(kept)
-        assert done.returncode == 1 and "sd2-tdm-gad-0" in done.stderr.splitlines()[-1]
-
-    def test_new_backbone_runs_its_column_alone(self, copy):
+    def test_change_runs_what_it_concerns_alone(self, copy):
+        student, reports = "distill@sd2-tdm-gad-0", {"tables", "figures"}
+        copy.edit({"gad": {"lam": 0.5}})
+        assert copy.changed() == {student, "tables"}
         copy.edit({"grid": {"backbones": ["sd2", "sana"]}})
-        own = {"teacher@sana", "diagnose@sana", *column("sana")}
-        assert copy.changed() == {*own, "tables", "figures"}
-        done = copy.python("gad.pipeline", "reproduce", "--jobs", "2")
-        assert done.returncode == 0, done.stdout + done.stderr
-        ran = {line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("[")}
-        assert ran == {*own, "tables", "figures"}
+        assert copy.changed() == {student, *column("sana"), *reports}
+        assert copy.reproduce() == {student, "evaluate@sd2-tdm-gad-0", *column("sana"), *reports}
         assert "sana" in (copy.folder / "reports/tables/table1.md").read_text()

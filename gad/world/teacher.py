@@ -1,5 +1,6 @@
 """Pretraining of the miniature teachers: network and text encoder together, on cached latents of the world."""
 
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,16 @@ class TeacherTask:
         for module in (encoder, network):
             module.requires_grad_(True).train()
         self.roles = {"teacher": Role(nn.ModuleList([network, encoder]), p["lr"], ema=p["ema"], weight_decay=0.01)}
-        self.latents = latents
+        self.make_latents = latents
         self.unique = ["", *dict.fromkeys(captions)]
         number = {c: i for i, c in enumerate(self.unique)}
         self.caption = torch.tensor([number[c] for c in captions])
         self.network = torch.compile(network) if p["compile"] else network
+
+    @cached_property
+    def latents(self):
+        """(scenes, C, H, W): made when first wanted, so that a finished run costs nothing."""
+        return self.make_latents()
 
     def losses(self, step, generator):
         device = self.backbone.device
@@ -61,12 +67,13 @@ def pretrain(name: str, vae, folder: Path, work: Path, p: dict, seed: int, accel
     torch.manual_seed(seed)
     backbone = BACKBONES[name](MINIATURES[name](vae, scenes.WORDS), name)
     world = scenes.sample(p["scenes"], seed)
-    with torch.no_grad():
-        latents = torch.cat(
-            [backbone.encode_images(world[i:i + 256].render()) for i in range(0, p["scenes"], 256)]
-        )
-    task = TeacherTask(backbone, latents, world.captions(), p)
-    identity = {"teacher": name, "latents": latents.double().sum().item(), **p}
+
+    def latents(n):
+        with torch.no_grad():
+            return torch.cat([backbone.encode_images(world[i:i + 256].render()) for i in range(0, n, 256)])[:n]
+
+    task = TeacherTask(backbone, lambda: latents(p["scenes"]), world.captions(), p)
+    identity = {"teacher": name, "latents": latents(min(256, p["scenes"])).double().sum().item(), **p}
     train(task, work, p["steps"], seed, identity, warmup=p["warmup"], accelerator=accelerator)
     role = task.roles["teacher"]
     role.average.copy_to(role.params)
