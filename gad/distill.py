@@ -81,8 +81,8 @@ def look(backbone, student, test: Tangents, steps: int) -> dict[str, float]:
     y, jv = tangents(lambda c: endpoint(backbone, student, c, steps), test.z, test.v, test.cond, len(test))
     value = compare(y, test.x0)
     response = compare(jv, test.jv)
-    return {"error": value["relative"].mean().item(), "cos": response["cos"].mean().item(),
-            "ratio": response["ratio"].mean().item()}
+    return {"error": value["relative"].median().item(), "cos": response["cos"].mean().item(),
+            "ratio": response["ratio"].log().mean().exp().item()}
 
 
 CARD = """---

@@ -51,9 +51,9 @@ def _runs(p: Params, backbone: str):
     return [r for r in p.runs() if r.backbone == backbone and r.seed == p.seeds.distill[0]]
 
 
-def _interval(values, n=500):
-    value, low, high = tables.bootstrap(lambda i: np.mean(np.asarray(values)[i]), np.arange(len(values)), n)
-    return value, low, high
+def _interval(values, key: str, n=500):
+    values, summary = np.asarray(values), tables.SUMMARY[key]
+    return tables.bootstrap(lambda i: summary(values[i]), np.arange(len(values)), n)
 
 
 def figure2(p: Params):
@@ -65,7 +65,7 @@ def figure2(p: Params):
             result, colour, name = tables.read(paths.result(run)), COLOURS[run.variant], tables.label(run)
             levels = [float(k) for k in result["local"]]
             for ax, key in zip(row[:2], ("value", "cos"), strict=True):
-                stats = np.array([_interval(result["local"][k][key]) for k in result["local"]])
+                stats = np.array([_interval(result["local"][k][key], key) for k in result["local"]])
                 ax.plot(levels, stats[:, 0], "o-", ms=3, color=colour, label=name)
                 ax.fill_between(levels, stats[:, 1], stats[:, 2], color=colour, alpha=0.2, lw=0)
             probes = pd.read_csv(paths.probe(run))
@@ -73,7 +73,7 @@ def figure2(p: Params):
                 ax.plot(probes["step"], probes[key], "o-", ms=3, color=colour, label=name)
         floors = tables.read(paths.diagnosis(backbone) / "floors.json")
         for ax, key in zip(row[2:], ("value", "cos"), strict=True):
-            ax.axhline(np.mean(floors["teacher, CFG + 1"][key]), color=COLOURS["teacher"], ls=":", lw=1,
+            ax.axhline(tables.SUMMARY[key](floors["teacher, CFG + 1"][key]), color=COLOURS["teacher"], ls=":", lw=1,
                        label="teacher at CFG + 1")
         for ax in row:
             ax.set_ylim(bottom=0)
@@ -147,7 +147,7 @@ def before_after(p: Params):
     rows = []
     for backbone in backbones:
         for run in _runs(p, backbone):
-            value, low, high = _interval(tables.read(paths.result(run))["endpoint"]["cos"])
+            value, low, high = _interval(tables.read(paths.result(run))["endpoint"]["cos"], "cos")
             rows.append((backbone, run, value, low, high))
     variants = list(dict.fromkeys((r.paradigm, r.variant) for _, r, *_ in rows))
     width = 0.8 / len(variants)
