@@ -38,19 +38,27 @@ class Distillation:
 
 
 def distill(
-    run: Run, p: Params, backbone: Backbone, teacher: Tangents, test: Tangents, folder: Path, work: Path,
-    accelerator, identity: dict,
+    run: Run,
+    p: Params,
+    backbone: Backbone,
+    prompts: list[str],
+    teacher: Tangents,
+    test: Tangents,
+    folder: Path,
+    work: Path,
+    accelerator,
+    identity: dict,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train student `run`, save its pipeline to `folder`; returns its training log and its probes.
 
-    `teacher`: tangents GAD's map form learns from; `test`: those the probes look at.
+    `prompts`: the pool of training prompts; `teacher`: tangents GAD's map form learns from; `test`: those the
+    probes look at.
     """
     which, d = p.backbones[run.backbone], p.distill
-    backbone.to(accelerator.device)
-    teacher, test = teacher.to(accelerator.device), test[slice(0, 16)].to(accelerator.device)
+    test = test[slice(0, 16)]
     paradigm = PARADIGMS[run.paradigm](backbone, which.student_steps, which.cfg, p.paradigms[run.paradigm], d)
     gad = p.gad if run.variant == "gad" and p.gad.lam > 0 else None
-    task = Distillation(paradigm, teacher.cond, teacher, gad, d.batch, run.seed)
+    task = Distillation(paradigm, backbone.encode(prompts), teacher, gad, d.batch, run.seed)
     probes, every = {}, max(1, d.steps // 8)
     probe_file = work / "probes.json"
     if probe_file.exists():

@@ -94,6 +94,7 @@ class Endpoints(_Section):
 
 class Distill(_Section):
     batch: PositiveInt
+    prompts: PositiveInt
     steps: PositiveInt
     warmup: PositiveInt
     ema: Fraction

@@ -66,16 +66,6 @@ def teacher(backbone: str, p: Params) -> dict:
     return metrics
 
 
-def _test_points(backbone, p: Params):
-    """The measured noises: (prompts, condition, z, v), each prompt `evaluation.noises` times in a row."""
-    e = p.evaluation
-    world = scenes.sample(e.prompts, p.seeds.world + 4, "test")
-    prompts = [c for c in world.captions() for _ in range(e.noises)]
-    z = teachers.noise(backbone, len(prompts), p.seeds.world + 4)
-    v = teachers.noise(backbone, len(prompts), p.seeds.world + 5)
-    return prompts, backbone.encode(prompts), z, v
-
-
 def diagnose(backbone: str, p: Params) -> dict:
     """The teacher's endpoints and exact tangents at training and test noises, what a student can and can't
     reach (floors), and what finite differences report in each precision."""
@@ -90,17 +80,15 @@ def diagnose(backbone: str, p: Params) -> dict:
             lambda c: geometry.endpoint(teacher, network, c, steps, cfg), z, v, cond, e.batch, str(backbone)
         )
 
-    captions = scenes.sample(p.endpoints.pairs, seed, "train").captions()
-    z, v = (teachers.noise(teacher, len(captions), seed + k) for k in (6, 7))
-    cond = teacher.encode(captions)
-    Tangents(z, v, *tangents(teacher.network, z, v, cond, which.teacher_steps, which.cfg), cond).save(
-        folder / "train.safetensors"
-    )
-    _, cond, z, v = _test_points(teacher, p)
-    x0, jv = tangents(teacher.network, z, v, cond, which.teacher_steps, which.cfg)
+    test_prompts = scenes.sample(e.prompts, seed + 4, "test").captions()
+    for name, prompts, seeds in (
+        ("train", scenes.sample(p.endpoints.pairs, seed, "train").captions(), (seed + 6, seed + 7)),
+        ("test", [c for c in test_prompts for _ in range(e.noises)], (seed + 4, seed + 5)),
+    ):
+        z, v, cond = Tangents.inputs(teacher, prompts, seeds)
+        x0, jv = tangents(teacher.network, z, v, cond, which.teacher_steps, which.cfg)
+        Tangents.save(folder / f"{name}.safetensors", x0, jv, prompts, seeds)
     test = Tangents(z, v, x0, jv, cond)
-    test.save(folder / "test.safetensors")
-
     other = {
         "teacher, CFG + 1": (which.teacher_steps, which.cfg + 1),
         "teacher, half the steps": (which.teacher_steps // 2, which.cfg),
@@ -121,16 +109,17 @@ def diagnose(backbone: str, p: Params) -> dict:
 def distill(run: Run, p: Params) -> dict:
     """Train student `run`; its folder, log and probes."""
     accelerator = prepare(p, p.distill.precision)
-    backbone = load(run.backbone, p)
-    train, test = (Tangents.load(paths.diagnosis(run.backbone) / f"{k}.safetensors") for k in ("train", "test"))
+    backbone = load(run.backbone, p).to(accelerator.device)
+    folder = paths.diagnosis(run.backbone)
+    train, test = (Tangents.load(folder / f"{k}.safetensors", backbone) for k in ("train", "test"))
     config = {
         "run": list(run), "distill": p.distill.model_dump(), "paradigm": p.paradigms[run.paradigm],
         "backbone": p.backbones[run.backbone].model_dump(), "teacher": train.x0.double().sum().item(),
         "gad": p.gad.model_dump() if run.variant == "gad" else None,
     }
-    log, probes = students.distill(
-        run, p, backbone, train, test, paths.student(run), paths.resume(str(run)), accelerator, config
-    )
+    prompts = scenes.sample(p.distill.prompts, p.seeds.world, "train").captions()
+    places = paths.student(run), paths.resume(str(run))
+    log, probes = students.distill(run, p, backbone, prompts, train, test, *places, accelerator, config)
     for path, frame in ((paths.log(run), log), (paths.probe(run), probes)):
         write_csv(path, frame)
     return probes.iloc[-1].to_dict()
@@ -142,7 +131,7 @@ def evaluate(run: Run, p: Params) -> dict:
     accelerator = prepare(p)
     teacher = load(run.backbone, p).to(accelerator.device)
     student = load(paths.student(run)).to(accelerator.device)
-    test = Tangents.load(paths.diagnosis(run.backbone) / "test.safetensors").to(accelerator.device)
+    test = Tangents.load(paths.diagnosis(run.backbone) / "test.safetensors", teacher)
     steps = which.student_steps
     y, jv = geometry.tangents(
         lambda c: geometry.endpoint(teacher, student.network, c, steps), test.z, test.v, test.cond, e.batch, str(run)

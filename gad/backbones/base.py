@@ -162,6 +162,11 @@ class Backbone:
         out = self.output(network, x_t, t, cond, cfg)
         return self.levels.x0(out, x_t, t), self.levels.eps(out, x_t, t)
 
+    def noise(self, n: int, seed: int) -> Tensor:
+        """The `n` noises of a seed: drawn on the CPU, so equal for every model and device."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(n, *self.latent_shape, generator=generator).to(self.device)
+
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return self.levels.add_noise(x0, eps, t)
 

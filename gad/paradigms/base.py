@@ -1,13 +1,14 @@
 """What a paradigm is, and GAD's four forms, which any paradigm may carry."""
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import geometry
@@ -65,20 +66,26 @@ class Tangents:
     def __getitem__(self, i) -> "Tangents":
         return Tangents(self.z[i], self.v[i], self.x0[i], self.jv[i], self.cond[i])
 
-    def save(self, path: Path):
-        rest = {k: getattr(self, k).cpu().contiguous() for k in ("z", "v", "x0", "jv")}
-        save_file({**rest, "embeds": self.cond.embeds.contiguous(), "mask": self.cond.mask.contiguous()}, path)
+    @staticmethod
+    def inputs(backbone: Backbone, prompts: list[str], seeds: tuple[int, int]) -> tuple[Tensor, Tensor, Condition]:
+        """(z, v, cond): what a file need not hold."""
+        return *(backbone.noise(len(prompts), seed) for seed in seeds), backbone.encode(prompts)
 
     @staticmethod
-    def load(path: Path) -> "Tangents":
+    def save(path: Path, x0: Tensor, jv: Tensor, prompts: list[str], seeds: tuple[int, int]):
+        meta = {"prompts": json.dumps(prompts), "seeds": json.dumps(seeds)}
+        save_file({"x0": x0.cpu().contiguous(), "jv": jv.cpu().contiguous()}, path, meta)
+
+    @staticmethod
+    def load(path: Path, backbone: Backbone) -> "Tangents":
+        """On the backbone's device; noises from their seeds, prompts encoded anew."""
         try:
-            t = load_file(path)
+            with safe_open(path, "pt", str(backbone.device)) as f:
+                x0, jv, meta = f.get_tensor("x0"), f.get_tensor("jv"), f.metadata()
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read ({error}): run the diagnose stage again") from None
-        return Tangents(t["z"], t["v"], t["x0"], t["jv"], Condition(t["embeds"], t["mask"]))
-
-    def to(self, device) -> "Tangents":
-        return Tangents(*(x.to(device) for x in (self.z, self.v, self.x0, self.jv)), self.cond.to(device))
+        z, v, cond = Tangents.inputs(backbone, json.loads(meta["prompts"]), json.loads(meta["seeds"]))
+        return Tangents(z, v, x0, jv, cond)
 
 
 class Paradigm:
@@ -123,7 +130,7 @@ def gad_loss(paradigm: Paradigm, tangents: Tangents, gad, step: int, generator) 
 
 def _map(paradigm, tangents, gad, generator):
     i = torch.randint(len(tangents), (gad.pairs,), generator=generator, device=generator.device)
-    at = tangents[i.to(tangents.z.device)].to(generator.device)
+    at = tangents[i]
     backbone, student = paradigm.backbone, paradigm.student
 
     def endpoint(z):

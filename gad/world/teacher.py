@@ -108,16 +108,10 @@ def spread(points: np.ndarray) -> float:
 
 @torch.no_grad()
 def generate(backbone, network, prompts: list[str], steps, cfg, seed, batch: int = 128) -> torch.Tensor:
-    """Images (n, 3, H, W), one a prompt, from `noise(n, seed)`."""
-    z, cond = noise(backbone, len(prompts), seed), backbone.encode(prompts)
+    """Images (n, 3, H, W), one a prompt, from `backbone.noise(n, seed)`."""
+    z, cond = backbone.noise(len(prompts), seed), backbone.encode(prompts)
     out = [
         backbone.decode(backbone.sample(network, z[i:i + batch], cond[i:i + batch], steps, cfg))
         for i in range(0, len(prompts), batch)
     ]
     return torch.cat(out)
-
-
-def noise(backbone, n: int, seed: int) -> torch.Tensor:
-    """The `n` noises of a seed: drawn on the CPU, so equal for every model and device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, *backbone.latent_shape, generator=generator).to(backbone.device)
