@@ -9,7 +9,7 @@ from .params import ParamsError, Run, load
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("gad", description=__doc__)
     parser.add_argument("--params", default=None, help="another params.yaml")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides, e.g. gad.h=0.02")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. gad.h=0.02; repeatable")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text, args in (
         ("autoencoder", "train an autoencoder of the world", ("kind",)),

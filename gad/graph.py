@@ -256,7 +256,7 @@ def smoke(jobs: int = 2):
         _within(sandbox(Path(name), overrides), "reproduce", "--jobs", jobs)
 
 
-def demo(jobs: int = 2, backbone: str = "pixart"):
+def demo(jobs: int = 2, backbone: str = "sana"):
     """One student without and one with GAD from the shipped teacher, in `demo/`: a table and a picture."""
     p, folder = load(), ROOT / "demo"
     if backbone not in p.grid.backbones:

@@ -159,7 +159,7 @@ def before_after(p: Params):
                  label=tables.label(part[0][1]))
     left.set(xticks=range(len(backbones)), xticklabels=backbones, ylabel="JVP cosine with the teacher", ylim=(0, 1))
     left.legend(frameon=False, fontsize=7)
-    shown = "pixart" if "pixart" in backbones else backbones[0]
+    shown = backbones[-1]
     grids = {r.variant: np.asarray(Image.open(paths.sample_grid(r))) for r in _runs(p, shown)}
     cell = next(iter(grids.values())).shape[0] // 2
     first = next(iter(grids.values()))

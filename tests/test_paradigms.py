@@ -1,0 +1,191 @@
+"""GAD's forms against closed forms on linear-Gaussian models, and TDM on the real networks."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import nn
+
+from gad import params
+from gad.diffusion import Levels
+from gad.distill import Distillation
+from gad.evaluation.geometry import endpoint, tangents
+from gad.paradigms import PARADIGMS
+from gad.paradigms.base import Batch, Point, Tangents, gad_loss
+from gad.training import step_generator, train
+
+D = 4
+P = params.load()
+
+
+class Linear:
+    """A backbone all of whose maps are matrices: x̂0 = W x, and W z is the endpoint."""
+
+    levels = Levels(DDIMScheduler())
+
+    def x0(self, network, x, t, cond, cfg=1.0):
+        return network(x)
+
+    def sample(self, network, z, cond, steps, cfg=1.0):
+        return network(z)
+
+
+def matrix(w):
+    layer = nn.Linear(D, D, bias=False, dtype=torch.float64)
+    layer.weight.data.copy_(w)
+    return layer
+
+
+def posterior(cov, alpha, sigma):
+    """The x0-posterior mean's matrix for x_t = α x0 + σ ε, x0 ~ N(0, cov)."""
+    return alpha * cov @ torch.linalg.inv(alpha**2 * cov + sigma**2 * torch.eye(D, dtype=torch.float64))
+
+
+@pytest.fixture
+def linear():
+    """A student W, a fake and a real Gaussian score, and a point with N samples."""
+    g = torch.Generator().manual_seed(0)
+    alpha, sigma, n = 0.8, 0.6, 40_000
+
+    def random(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    covs = [a @ a.T / D + 0.2 * torch.eye(D, dtype=torch.float64) for a in (random(D, D), random(D, D))]
+    k_fake, k_real = (posterior(c, alpha, sigma) for c in covs)
+    student, noise, x = matrix(random(D, D)), random(n, D), random(n, D)
+
+    def renoise(y):
+        return alpha * student(y) + sigma * noise
+
+    point = Point(x, torch.ones(n), student(x), renoise(x), torch.full((n,), 0.5), None, renoise)
+    paradigm = SimpleNamespace(
+        backbone=Linear(), student=student, teacher=matrix(k_real), cfg=1.0, steps=1, point=point,
+        roles={"fake": SimpleNamespace(module=matrix(k_fake))},
+    )
+    return SimpleNamespace(p=paradigm, k_fake=k_fake, k_real=k_real, alpha=alpha, x=x, n=n, random=random)
+
+
+def term(paradigm, tangents, seed=0, **over):
+    gad = P.gad.model_copy(update={"lam": 1.0, "every": 1, "normalise": False, **over})
+    return gad_loss(paradigm, tangents, gad, 0, torch.Generator().manual_seed(seed))
+
+
+def gradient(paradigm, *args, **kwargs):
+    return torch.autograd.grad(term(paradigm, *args, **kwargs), paradigm.student.weight, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("scheme", ["forward", "central", "exact"])
+def test_map_form_has_the_jacobians_difference_as_mean_gradient(linear, scheme):
+    target = linear.random(D, D)
+    z, v = linear.random(linear.n, D), linear.random(linear.n, D)
+    t = Tangents(z, v, z @ target.T, v @ target.T, torch.zeros(linear.n))
+    found = gradient(linear.p, t, form="map", pairs=linear.n, scheme=scheme)
+    expected = 2 / D * (linear.p.student.weight - target)
+    assert torch.allclose(found, expected, atol=0.06 * expected.abs().max().item())
+
+
+def test_paired_score_form_matches_jacobians_in_the_mean(linear):
+    found = gradient(linear.p, None, form="paired-score")
+    expected = linear.alpha * (linear.k_fake - linear.k_real) / D
+    assert torch.allclose(found, expected, atol=0.05 * expected.abs().max().item())
+
+
+def test_score_form_as_printed_has_no_mean(linear):
+    paired = linear.alpha * (linear.k_fake - linear.k_real).norm() / D
+    draws = torch.stack([gradient(linear.p, None, seed=s, form="score") for s in range(20)])
+    error = draws.std(0) / 20**0.5
+    assert (draws.mean(0).abs() < 4.5 * error).all()
+    assert draws.mean(0).norm() < 0.05 * paired and draws[0].norm() > 0
+
+
+def test_released_form_is_the_published_arithmetic(linear):
+    h, point = 0.01, linear.p.point
+    found = term(linear.p, None, form="released", h=h)
+    g = torch.Generator().manual_seed(0)
+    v = torch.randn(point.x_tau.shape, generator=g, dtype=torch.float64)
+    v = v / v.norm(dim=1, keepdim=True)
+    d_student = (linear.p.student(point.x_tau + h * v) - point.x_hat) / h
+    away = v @ (linear.k_real - linear.k_fake).T
+    norm = (d_student - v @ linear.k_real.T).abs().mean(1) + 1e-8
+    expected = (((away**2 + 1e-6).sqrt() - 1e-3).mean(1) / norm).mean()
+    assert torch.allclose(found, expected, rtol=1e-5)
+
+
+def test_forms_that_need_a_fake_say_so(linear):
+    linear.p.point = None
+    with pytest.raises(ValueError, match=r"gad\.form='score' needs a paradigm with a fake"):
+        term(linear.p, None, form="score")
+
+
+def test_every_scales_and_skips(linear):
+    gad = P.gad.model_copy(update={"lam": 2.0, "every": 3, "form": "paired-score"})
+    values = [gad_loss(linear.p, None, gad, s, torch.Generator().manual_seed(0)) for s in range(4)]
+    assert values[1] is None and values[2] is None and torch.equal(values[0], values[3])
+    once = gad_loss(linear.p, None, gad.model_copy(update={"every": 1}), 0, torch.Generator().manual_seed(0))
+    assert torch.allclose(values[0], 3 * once)
+
+
+@pytest.fixture
+def setting(backbone):
+    cond = backbone.encode(["a red circle", "a green square and a blue triangle"])
+    z, v = backbone.noise(2, 0), backbone.noise(2, 1)
+    x0, jv = tangents(lambda c: endpoint(backbone, backbone.network, c, 4, 2.0), z, v, cond, 2)
+    return SimpleNamespace(backbone=backbone, cond=cond, tangents=Tangents(z, v, x0, jv, cond))
+
+
+def tdm(backbone, cfg=2.0):
+    return PARADIGMS["tdm"](backbone, 4, cfg, P.paradigms["tdm"], P.distill)
+
+
+@pytest.mark.parametrize("form", [None, "map", "score", "paired-score", "released"])
+def test_one_step_moves_what_it_should(setting, form):
+    paradigm = tdm(setting.backbone)
+    gad = P.gad.model_copy(update={"form": form, "lam": 1.0, "pairs": 2}) if form else None
+    before = {k: v.clone() for k, v in paradigm.teacher.state_dict().items()}
+    losses = Distillation(paradigm, setting.cond, setting.tangents, gad, 2, 0).losses(0, step_generator(0, 0))
+    assert all(torch.isfinite(v) for v in losses.values()) and ("gad" in losses) == bool(form)
+    for name, role in paradigm.roles.items():
+        losses[name].backward(inputs=role.params)
+        moved = [p for p in role.params if p.grad is not None and p.grad.abs().sum() > 0]
+        assert len(moved) > 0.9 * len(role.params), name
+    assert all(p.grad is None for p in paradigm.teacher.parameters())
+    assert all(torch.equal(before[k], v) for k, v in paradigm.teacher.state_dict().items())
+
+
+def test_student_rests_where_fake_and_real_agree(setting):
+    paradigm = tdm(setting.backbone, cfg=1.0)  # the fake begins as the teacher
+    z = setting.backbone.noise(2, 3)
+    losses = paradigm.losses(Batch(z, setting.cond, torch.Generator().manual_seed(0)), 0)
+    student, fake = paradigm.roles["student"], paradigm.roles["fake"]
+    assert max(g.abs().max() for g in torch.autograd.grad(losses["student"], student.params, allow_unused=True)
+               if g is not None) < 1e-3
+    assert max(g.abs().max() for g in torch.autograd.grad(losses["fake"], fake.params, allow_unused=True)
+               if g is not None) > 0
+
+
+@pytest.mark.parametrize("s", [-1.0, 0.3])
+def test_diffuse_ends_on_the_marginal(setting, s):
+    """From N(α_s m, σ_s²) at s to exactly N(α_τ m, σ_τ²) at τ."""
+    paradigm, levels, n, m = tdm(setting.backbone), setting.backbone.levels, 20_000, 0.7
+    g = torch.Generator().manual_seed(0)
+    alpha, sigma = (1.0, 0.0) if s < 0 else (a.item() for a in levels.alpha_sigma(torch.tensor([s])))
+    x = alpha * m + sigma * torch.randn(n, 1, 1, 1, generator=g)
+    tau = torch.tensor([0.6])
+    y = paradigm._diffuse(x, torch.tensor([s], dtype=torch.float64), tau, torch.randn(n, 1, 1, 1, generator=g))
+    alpha, sigma = (a.item() for a in levels.alpha_sigma(tau))
+    assert y.mean().item() == pytest.approx(alpha * m, abs=4 * sigma / n**0.5)
+    assert y.std().item() == pytest.approx(sigma, rel=0.03)
+
+
+def test_lam_zero_is_the_base_bit_for_bit(setting, tmp_path):
+    def run(gad, name):
+        torch.manual_seed(0)
+        paradigm = tdm(setting.backbone)
+        task = Distillation(paradigm, setting.cond, setting.tangents, gad, 2, 0)
+        train(task, tmp_path / name, 3, 0, {}, warmup=1)
+        return torch.cat([p.detach().flatten() for p in paradigm.roles["student"].params])
+
+    base = run(None, "base")
+    assert torch.equal(base, run(P.gad.model_copy(update={"lam": 0.0}), "zero"))
+    assert not torch.equal(base, run(P.gad.model_copy(update={"lam": 1.0, "pairs": 2, "every": 1}), "one"))

@@ -1,0 +1,90 @@
+"""Mistakes in params.yaml and on the command line: one line with key, value and fix, before any work."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from gad import params
+from gad.params import ROOT, ParamsError, Run
+
+DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("gad.h", 0, "gad.h=0: input should be greater than 0"),
+        ("gad.h", float("nan"), "gad.h=nan"),
+        ("gad.h", "small", "gad.h='small'"),
+        ("gad.lam", -1, "gad.lam=-1: input should be greater than or equal to 0"),
+        ("gad.form", "jacobian", "gad.form='jacobian': input should be 'map'"),
+        ("gad.every", 0, "gad.every=0"),
+        ("grid.backbones", ["sdxl"], "grid.backbones: 'sdxl' is not in the backbones section"),
+        ("grid.paradigms", ["lcm"], "grid.paradigms: 'lcm' is not in the paradigms section"),
+        ("grid.variants", ["both"], "grid.variants.0='both'"),
+        ("backbones.sana.teacher_steps", 30, "backbones.sana.teacher_steps=30 must divide 1000"),
+        ("backbones.sana.cfg", 0.5, "backbones.sana.cfg=0.5"),
+        ("backbones.sana.family", "dalle", "backbones.*.family: 'dalle' is not in gad/backbones"),
+        ("teacher.steps", 1.5, "teacher.steps=1.5"),
+        ("seeds.distill", [], "seeds.distill=[]"),
+        ("distill.precision", "int8", "distill.precision='int8'"),
+    ],
+)
+def test_wrong_value(key, value, said, tmp_path):
+    data = yaml.safe_load((ROOT / "params.yaml").read_text())
+    *parents, leaf = key.split(".")
+    section = data
+    for parent in parents:
+        section = section[parent]
+    section[leaf] = value
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(ParamsError) as error:
+        params.load(tmp_path / "params.yaml")
+    assert str(error.value).startswith("params.yaml: ") and said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_key_missing_key_missing_file_and_not_yaml(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(DATA | {"gadd": {"h": 1}}))
+    with pytest.raises(ParamsError, match="gadd=.* is not a key"):
+        params.load(path)
+    path.write_text(yaml.safe_dump({k: v for k, v in DATA.items() if k != "gad"}))
+    with pytest.raises(ParamsError, match="gad is missing: add it"):
+        params.load(path)
+    path.write_text("gad: [1, 2")
+    with pytest.raises(ParamsError, match="is not YAML"):
+        params.load(path)
+    with pytest.raises(ParamsError, match="does not exist"):
+        params.load(tmp_path / "none.yaml")
+    with pytest.raises(ParamsError, match=r"gad\.x=1: there is no such key"):
+        params.load(**{"gad.x": 1})
+
+
+def test_runs_are_the_grid():
+    p = params.load(**{"seeds.distill": [0, 1]})
+    expected = len(p.grid.backbones) * len(p.grid.paradigms) * len(p.grid.variants) * 2
+    assert len(set(map(str, p.runs()))) == expected
+    assert str(Run("sana", "tdm", "gad", 1)) == "sana-tdm-gad-1"
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--set", "gad.h=0", "distill", "sana", "tdm", "gad"], "gad.h=0"),
+        (["teacher", "sdxl"], "backbone='sdxl' is unknown"),
+        (["evaluate", "sana", "tdm", "best"], "variant='best' is unknown"),
+        (["--params", "none.yaml", "teacher", "sana"], "none.yaml does not exist"),
+    ],
+)
+def test_command_line_mistakes_are_one_line(arguments, said):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "gad", *arguments], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 1 and not done.stdout
+    lines = [line for line in done.stderr.splitlines() if "Warning" not in line]
+    assert len(lines) == 1 and lines[0].startswith("gad: ") and said in lines[0]
