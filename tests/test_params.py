@@ -50,7 +50,7 @@ def test_wrong_value(key, value, said, tmp_path):
 def test_unknown_key_missing_key_missing_file_and_not_yaml(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(DATA | {"gadd": {"h": 1}}))
-    with pytest.raises(ParamsError, match="gadd=.* is not a key"):
+    with pytest.raises(ParamsError, match=r"gadd=.* is not a key"):
         params.load(path)
     path.write_text(yaml.safe_dump({k: v for k, v in DATA.items() if k != "gad"}))
     with pytest.raises(ParamsError, match="gad is missing: add it"):

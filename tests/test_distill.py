@@ -1,0 +1,93 @@
+"""The command line at smoke size, in a copy of the package: teacher to student, and a student killed on its way."""
+
+import filecmp
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+
+from gad.graph import sandbox
+from gad.params import ROOT
+
+SMOKE = yaml.safe_load((ROOT / "tests/smoke.yaml").read_text())
+RUN = "sana-tdm-gad-0"
+
+
+def gad(folder, *arguments, **options):
+    command = [sys.executable, "-W", "ignore", "-m", "gad", *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "TQDM_DISABLE": "1"}
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            **options)
+
+
+def done(folder, *arguments):
+    process = gad(folder, *arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = sandbox(tmp_path_factory.mktemp("gad") / "copy", SMOKE)
+    for arguments in (("autoencoder", "dc"), ("teacher", "sana"), ("diagnose", "sana")):
+        done(folder, *arguments)
+    return folder
+
+
+DISTILL = ("--set", "distill.steps=40", "--set", "distill.save_every=2", "distill", "sana", "tdm", "gad")
+
+
+@pytest.mark.slow
+def test_killed_student_resumes_with_the_same_bits(place):
+    done(place, *DISTILL)
+    kept = place / "whole"
+    kept.mkdir()
+    for part in ("students", "logs", "probes"):
+        shutil.move(place / "data" / part, kept / part)
+    shutil.rmtree(place / "data/.resume" / RUN)
+    process = gad(place, *DISTILL)
+    state = place / "data/.resume" / RUN / "state.safetensors"
+    while not state.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (place / "data/students" / RUN).exists()
+    done(place, *DISTILL)
+    for part in ("students", "logs", "probes"):
+        files = [f.relative_to(kept) for f in (kept / part).rglob("*") if f.is_file()]
+        assert files
+        same, different, missing = filecmp.cmpfiles(kept, place / "data", files, shallow=False)
+        assert not different and not missing and len(same) == len(files)
+
+    student = DiffusionPipeline.from_pretrained(place / "data/students" / RUN, local_files_only=True)
+    image = student("a red circle", num_inference_steps=2, guidance_scale=1.0, height=64, width=64, output_type="pt",
+                    use_resolution_binning=False, complex_human_instruction=None).images
+    assert image.shape == (1, 3, 64, 64) and torch.isfinite(image).all()
+    info = json.loads((place / "data/students" / RUN / "gad.json").read_text())
+    assert info["paradigm"] == "tdm" and info["seed"] == 0 and {"form", "h", "lam"} <= info["gad"].keys()
+    assert (place / "data/students" / RUN / "README.md").read_text().startswith("---\nlibrary_name: diffusers")
+
+    state.write_bytes(state.read_bytes()[:-10])
+    process = gad(place, *DISTILL)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 1 and "is not a readable checkpoint" in error and "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_divergence_stops_with_one_line_and_keeps_the_checkpoint(place):
+    process = gad(place, "--set", "paradigms.tdm.lr=1.0e+30", "--set", "distill.steps=20", "--set",
+                  "distill.save_every=1", "distill", "sana", "tdm", "base")
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 1 and "loss is nan" in error and "Traceback" not in error
+    assert (place / "data/.resume/sana-tdm-base-0/state.safetensors").exists()
+    assert not (place / "data/students/sana-tdm-base-0").exists()
