@@ -12,7 +12,7 @@ from .evaluation.geometry import compare, endpoint, tangents
 from .paradigms import PARADIGMS
 from .paradigms.base import Batch, Tangents, gad_loss
 from .params import Params, Run
-from .training import step_generator, train
+from .training import identity_key, step_generator, train
 
 
 class Distillation:
@@ -60,7 +60,7 @@ def distill(
     gad = p.gad if run.variant == "gad" and p.gad.lam > 0 else None
     task = Distillation(paradigm, backbone.encode(prompts), teacher, gad, d.batch, run.seed)
     probes, every = {}, max(1, d.steps // 8)
-    probe_file = work / "probes.json"
+    probe_file = work / f"probes-{identity_key(identity)[:8]}.json"
     if probe_file.exists():
         probes = {int(k): v for k, v in json.loads(probe_file.read_text()).items()}
 

@@ -131,17 +131,17 @@ class Params(_Section):
 
     @model_validator(mode="after")
     def _known(self):
-        from .backbones import BACKBONES
-        from .paradigms import PARADIGMS
-
+        # By file names: importing the registries would cost every command the import of torch.
+        backbones = {f.stem for f in (ROOT / "gad/backbones").glob("*.py")} - {"__init__", "base", "tokens"}
+        paradigms = {f.stem for f in (ROOT / "gad/paradigms").glob("*.py")} - {"__init__", "base"}
         for key, names, known, where in (
             ("grid.backbones", self.grid.backbones, self.backbones, "the backbones section"),
             ("grid.paradigms", self.grid.paradigms, self.paradigms, "the paradigms section"),
-            ("paradigms", self.paradigms, PARADIGMS, "gad/paradigms"),
+            ("paradigms", self.paradigms, sorted(paradigms), "gad/paradigms"),
             (
                 "backbones.*.family",
                 [b.family or name for name, b in self.backbones.items()],
-                BACKBONES,
+                sorted(backbones),
                 "gad/backbones",
             ),
         ):

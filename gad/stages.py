@@ -1,6 +1,7 @@
 """The pipeline's stages as functions. Notebooks and `python -m gad` call these and nothing below them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ def autoencoder(kind: str, p: Params) -> dict:
     work = paths.resume(f"autoencoder-{kind}")
     metrics = autoencoders.pretrain(kind, paths.autoencoder(kind), work, config, p.seeds.world, accelerator)
     write_json(paths.autoencoder(kind) / "metrics.json", metrics)
+    shutil.rmtree(work)
     return metrics
 
 
@@ -60,9 +62,10 @@ def teacher(backbone: str, p: Params) -> dict:
     training, seed = p.teacher_of(backbone), p.seeds.world
     accelerator, config = prepare(p, training.precision), training.model_dump()
     work = paths.resume(f"teacher-{backbone}")
-    made = teachers.pretrain(backbone, vae, paths.teacher(backbone), work, config, seed, accelerator)
+    made = teachers.pretrain(which.family or backbone, vae, paths.teacher(backbone), work, config, seed, accelerator)
     metrics = teachers.evaluate(made, made.network, which.teacher_steps, which.cfg, seed, training.prompts)
     write_json(paths.teacher_metrics(backbone), metrics)
+    shutil.rmtree(work)
     return metrics
 
 
@@ -122,6 +125,7 @@ def distill(run: Run, p: Params) -> dict:
     log, probes = students.distill(run, p, backbone, prompts, train, test, *places, accelerator, config)
     for path, frame in ((paths.log(run), log), (paths.probe(run), probes)):
         write_csv(path, frame)
+    shutil.rmtree(paths.resume(str(run)))
     return probes.iloc[-1].to_dict()
 
 

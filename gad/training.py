@@ -65,6 +65,11 @@ def step_generator(seed: int, step: int, device="cpu", stream: str = "") -> torc
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def identity_key(identity: dict) -> str:
+    """A run's identity as a hash."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def learning_rate(step: int, steps: int, warmup: int) -> float:
     """Linear warm-up, then a cosine to a twentieth; as a factor of the base rate."""
     if step < warmup:
@@ -87,7 +92,8 @@ def train(
     """Train `task` for `steps` steps; returns the path of `folder/log.csv`.
 
     `identity` is whatever fixes the result (parameters, seed): a checkpoint in `folder` with another identity
-    is refused. `on_step(step)` is called before each step, with the number of steps already done.
+    gives way and training starts over. `on_step(step)` is called before each step, with the number of steps
+    already done.
     Raises `DivergedError` at the first non-finite loss; the last checkpoint stays.
     """
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
@@ -98,8 +104,11 @@ def train(
             role.average.to(accelerator.device)
         role.optimiser = accelerator.prepare(role.optimiser)
     state, log = folder / "state.safetensors", folder / "log.csv"
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    key = identity_key(identity)
     start, rows = _load(state, task, key) if state.exists() else (0, [])
+    if state.exists() and not start:
+        note = f"{folder.name}: the interrupted run had other parameters: starting over"
+        print(note, file=sys.stderr, flush=True)
     torch.manual_seed(seed)
     bar = tqdm(total=steps, initial=start, disable=None, desc=folder.name, mininterval=5)
     began, last = time.monotonic(), time.monotonic()
@@ -176,7 +185,7 @@ def _load(path, task, key):
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable checkpoint ({error}): delete it to start over") from None
     if meta["key"] != key:
-        raise ValueError(f"{path} belongs to other parameters: delete {path.parent} to start over")
+        return 0, []
     for name, role in task.roles.items():
         prefix = f"{name}/module/"
         role.module.load_state_dict({k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)})
@@ -187,7 +196,7 @@ def _load(path, task, key):
             if found:
                 inner.state[p] = {k: v.to(p.device) for k, v in found.items()}
         if role.average:
-            role.average.optimization_step = int(tensors.get(f"{name}/averaged", int(meta["step"])))
+            role.average.optimization_step = int(tensors[f"{name}/averaged"])
             for i, p in enumerate(role.average.shadow_params):
                 p.copy_(tensors[f"{name}/average/{i}"])
     return int(meta["step"]), json.loads(meta["rows"])

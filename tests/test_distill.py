@@ -46,6 +46,19 @@ def place(tmp_path_factory):
 DISTILL = ("--set", "distill.steps=40", "--set", "distill.save_every=2", "distill", "sana", "tdm", "gad")
 
 
+def kill_on_its_way(place):
+    """Start the student and SIGKILL it after its first checkpoint; returns the checkpoint."""
+    state = place / "data/.resume" / RUN / "state.safetensors"
+    assert not state.exists()  # a finished run leaves none
+    process = gad(place, *DISTILL)
+    while not state.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return state
+
+
 @pytest.mark.slow
 def test_killed_student_resumes_with_the_same_bits(place):
     done(place, *DISTILL)
@@ -53,14 +66,7 @@ def test_killed_student_resumes_with_the_same_bits(place):
     kept.mkdir()
     for part in ("students", "logs", "probes"):
         shutil.move(place / "data" / part, kept / part)
-    shutil.rmtree(place / "data/.resume" / RUN)
-    process = gad(place, *DISTILL)
-    state = place / "data/.resume" / RUN / "state.safetensors"
-    while not state.exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_on_its_way(place)
     assert not (place / "data/students" / RUN).exists()
     done(place, *DISTILL)
     for part in ("students", "logs", "probes"):
@@ -77,6 +83,7 @@ def test_killed_student_resumes_with_the_same_bits(place):
     assert info["paradigm"] == "tdm" and info["seed"] == 0 and {"form", "h", "lam"} <= info["gad"].keys()
     assert (place / "data/students" / RUN / "README.md").read_text().startswith("---\nlibrary_name: diffusers")
 
+    state = kill_on_its_way(place)
     state.write_bytes(state.read_bytes()[:-10])
     process = gad(place, *DISTILL)
     _, error = process.communicate(timeout=300)

@@ -149,14 +149,13 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path):
     assert_equal(bits(task), bits(whole))
 
 
-def test_another_identity_is_refused(tmp_path):
+def test_another_identity_starts_over_and_says_so(tmp_path, capsys):
+    seen = []
     run(tmp_path, Regression(), identity={"lr": 1, "seed": 0})
-    before = (tmp_path / "state.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="other parameters") as error:
-        run(tmp_path, Regression(), identity={"lr": 2, "seed": 0})
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-    assert (tmp_path / "state.safetensors").read_bytes() == before
-    run(tmp_path, Regression(), identity={"seed": 0, "lr": 1})  # the order of keys is not part of it
+    run(tmp_path, Regression(), identity={"seed": 0, "lr": 1}, on_step=seen.append)
+    assert not seen  # the order of keys is not part of it: all is done
+    run(tmp_path, Regression(), identity={"lr": 2, "seed": 0}, on_step=seen.append)
+    assert seen == list(range(12)) and "other parameters: starting over" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.99])
