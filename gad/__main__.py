@@ -30,8 +30,6 @@ def main(argv: list[str] | None = None) -> int:
         overrides = dict(item.split("=", 1) for item in args.set)
         overrides = {k: yaml.safe_load(v) for k, v in overrides.items()}
         p = load(**({"path": args.params} if args.params else {}), **overrides)
-        from . import stages
-
         known = {
             "kind": p.autoencoder, "backbone": p.backbones, "paradigm": p.paradigms, "variant": ("base", "gad")
         }
@@ -42,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
             key = Run(args.backbone, args.paradigm, args.variant, args.seed)
         else:
             key = args.kind if "kind" in args else args.backbone
+        from . import stages  # after the checks: it imports torch
+
         print(json.dumps(getattr(stages, args.command)(key, p), indent=2))
     except (ParamsError, ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"gad: {error}", file=sys.stderr)
