@@ -75,9 +75,10 @@ def _status() -> tuple[set[str], set[str], set[str]]:
                 continue
             for kind, items in entry.items():
                 for path, state in items.items():
-                    if state == "not in cache":  # but here, and right
+                    gone = not (ROOT / path).exists()
+                    if state == "not in cache" and not gone:  # here, and right
                         continue
-                    if state != "deleted":
+                    if state not in ("deleted", "not in cache"):
                         changed.add(stage)
                     elif kind == "changed outs":
                         missing.add(stage)
