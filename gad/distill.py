@@ -55,7 +55,6 @@ def distill(
     probes look at.
     """
     which, d = p.backbones[run.backbone], p.distill
-    test = test[slice(0, 16)]
     paradigm = PARADIGMS[run.paradigm](backbone, which.student_steps, which.cfg, p.paradigms[run.paradigm], d)
     gad = p.gad if run.variant == "gad" and p.gad.lam > 0 else None
     task = Distillation(paradigm, backbone.encode(prompts), teacher, gad, d.batch, run.seed)

@@ -41,6 +41,7 @@ class Gad(_Section):
     every: PositiveInt
     pairs: PositiveInt
     normalise: bool
+    robust: bool
 
 
 class Base(_Section):
@@ -79,6 +80,7 @@ class Teacher(_Section):
     steps: PositiveInt
     batch: PositiveInt
     lr: Positive
+    muon: Positive
     warmup: PositiveInt
     ema: Fraction
     drop: Fraction
@@ -90,6 +92,7 @@ class Teacher(_Section):
 
 class Endpoints(_Section):
     pairs: PositiveInt
+    probes: PositiveInt
 
 
 class Distill(_Section):

@@ -22,6 +22,10 @@ def diagnosis(backbone: str):
     return DATA / "diagnosis" / backbone
 
 
+def endpoints(backbone: str):
+    return DATA / "endpoints" / backbone
+
+
 def student(run: Run):
     return DATA / "students" / str(run)
 

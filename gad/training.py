@@ -26,7 +26,11 @@ from tqdm.auto import tqdm
 
 @dataclass
 class Role:
-    """One trained module and how its optimiser treats it. `ema`: decay, or None for no average."""
+    """One trained module and how its optimisers treat it. `ema`: decay, or None for no average.
+
+    AdamW at `lr`. With `muon`, the weights of hidden linear layers (all but embeddings and the output) take Muon
+    (Jordan et al. 2024) at that rate instead, scaled to AdamW's RMS: transformers learn in a third of the steps.
+    """
 
     module: torch.nn.Module
     lr: float
@@ -34,16 +38,39 @@ class Role:
     weight_decay: float = 0.0
     clip: float = 1.0
     ema: float | None = None
-    optimiser: torch.optim.Optimizer = field(init=False)
+    muon: float | None = None
+    optimisers: list[torch.optim.Optimizer] = field(init=False)
     average: EMAModel | None = field(init=False, default=None)
 
     def __post_init__(self):
         self.params = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(
-            self.params, self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True
-        )
+        hidden = [] if self.muon is None else [
+            m.weight for name, m in self.module.named_modules()
+            if isinstance(m, torch.nn.Linear) and m.weight.requires_grad and "embed" not in name
+            and "proj_out" not in name
+        ]
+        chosen = {id(p) for p in hidden}
+        rest = [p for p in self.params if id(p) not in chosen]
+        self.optimisers = [
+            torch.optim.AdamW(rest, self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
+        ]
+        if hidden:
+            muon = torch.optim.Muon(
+                hidden, self.muon, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            self.optimisers.append(muon)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["base_lr"] = group["lr"]
         if self.ema:
             self.average = EMAModel(self.params, decay=self.ema, use_ema_warmup=True, power=0.75)
+
+    def state_of(self, p: torch.nn.Parameter) -> dict:
+        """The optimiser's state of one parameter, as the optimiser holds it."""
+        for optimiser in self.optimisers:
+            if any(p is q for group in optimiser.param_groups for q in group["params"]):
+                return getattr(optimiser, "optimizer", optimiser).state[p]
+        raise KeyError("the role does not train this parameter")
 
 
 class Task(Protocol):
@@ -102,7 +129,7 @@ def train(
         role.module.to(accelerator.device)
         if role.average:
             role.average.to(accelerator.device)
-        role.optimiser = accelerator.prepare(role.optimiser)
+        role.optimisers = [accelerator.prepare(o) for o in role.optimisers]
     state, log = folder / "state.safetensors", folder / "log.csv"
     key = identity_key(identity)
     start, rows = _load(state, task, key) if state.exists() else (0, [])
@@ -127,25 +154,28 @@ def train(
             if not torch.isfinite(losses[name]):
                 raise DivergedError(
                     f"the {name} loss is {losses[name].item()} at step {step}: lower its lr or gad.lam; "
-                    f"the last checkpoint is kept in {folder}"
+                    f"the last checkpoint is kept in {os.path.relpath(folder)}"
                 )
             accelerator.backward(losses[name], inputs=role.params)
             row[f"{name}_norm"] = accelerator.clip_grad_norm_(role.params, role.clip).item()
         for name, role in task.roles.items():
             if name in losses:
-                for group in role.optimiser.param_groups:
-                    group["lr"] = role.lr * factor
-                role.optimiser.step()
-                role.optimiser.zero_grad(set_to_none=True)
+                for optimiser in role.optimisers:
+                    for group in optimiser.param_groups:
+                        group["lr"] = group["base_lr"] * factor
+                    optimiser.step()
+                    optimiser.zero_grad(set_to_none=True)
                 if role.average:
                     role.average.step(role.params)
         row |= {k: v.item() for k, v in losses.items()}
         if step % log_every == 0 or step == steps - 1:
             rows.append(row)
         bar.update()
+        if step == start:  # the first step also makes data and compiles
+            began = time.monotonic()
         if bar.disable and accelerator.is_main_process and time.monotonic() - last > 30:  # no terminal: a line at times
             last = time.monotonic()
-            eta = (last - began) / (step + 1 - start) * (steps - step - 1)
+            eta = (last - began) / max(1, step - start) * (steps - step - 1)
             print(f"{folder.name}: step {step + 1}/{steps}, {eta / 60:.1f} min to go", file=sys.stderr, flush=True)
         if accelerator.is_main_process and ((step + 1) % save_every == 0 or step == steps - 1):
             _save(state, task, key, step + 1, rows)
@@ -164,7 +194,7 @@ def _save(path, task, key, step, rows):
         for k, v in role.module.state_dict().items():
             tensors[f"{name}/module/{k}"] = v
         for i, p in enumerate(role.params):
-            for k, v in role.optimiser.state.get(p, {}).items():
+            for k, v in role.state_of(p).items():
                 tensors[f"{name}/optimiser/{i}/{k}"] = torch.as_tensor(v)
         if role.average:
             tensors[f"{name}/averaged"] = torch.tensor(role.average.optimization_step)
@@ -183,18 +213,16 @@ def _load(path, task, key):
         with safe_open(path, "pt") as f:
             meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint ({error}): delete it to start over") from None
+        raise ValueError(f"{os.path.relpath(path)} is not a readable checkpoint ({error}): delete it to start over") from None
     if meta["key"] != key:
         return 0, []
     for name, role in task.roles.items():
         prefix = f"{name}/module/"
         role.module.load_state_dict({k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)})
-        inner = getattr(role.optimiser, "optimizer", role.optimiser)
         for i, p in enumerate(role.params):
             prefix = f"{name}/optimiser/{i}/"
-            found = {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
-            if found:
-                inner.state[p] = {k: v.to(p.device) for k, v in found.items()}
+            found = {k[len(prefix):]: v.to(p.device) for k, v in tensors.items() if k.startswith(prefix)}
+            role.state_of(p).update(found)
         if role.average:
             role.average.optimization_step = int(tensors[f"{name}/averaged"])
             for i, p in enumerate(role.average.shadow_params):

@@ -67,7 +67,7 @@ def linear():
 
 
 def term(paradigm, tangents, seed=0, **over):
-    gad = P.gad.model_copy(update={"lam": 1.0, "every": 1, "normalise": False, **over})
+    gad = P.gad.model_copy(update={"lam": 1.0, "every": 1, "normalise": False, "robust": False, **over})
     return gad_loss(paradigm, tangents, gad, 0, torch.Generator().manual_seed(seed))
 
 
@@ -83,6 +83,16 @@ def test_map_form_has_the_jacobians_difference_as_mean_gradient(linear, scheme):
     found = gradient(linear.p, t, form="map", pairs=linear.n, scheme=scheme)
     expected = 2 / D * (linear.p.student.weight - target)
     assert torch.allclose(found, expected, atol=0.06 * expected.abs().max().item())
+
+
+def test_robust_map_form_grows_as_a_logarithm(linear):
+    target = linear.random(D, D)
+    z, v = linear.random(8, D), linear.random(8, D)
+    t = Tangents(z, v, z @ target.T, v @ target.T, torch.zeros(8))
+    each = [Tangents(*(a[i:i + 1] for a in (t.z, t.v, t.x0, t.jv, t.cond))) for i in range(8)]
+    for one in each:
+        plain, robust = (term(linear.p, one, form="map", pairs=1, robust=r) for r in (False, True))
+        assert torch.allclose(robust, plain.log1p())
 
 
 def test_paired_score_form_matches_jacobians_in_the_mean(linear):

@@ -19,7 +19,7 @@ class Regression:
         layers = torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)
         net = torch.nn.Sequential(*layers)
         self.roles = {
-            "student": Role(net, 1e-2, ema=0.9, weight_decay=0.01),
+            "student": Role(net, 1e-2, ema=0.9, weight_decay=0.01, muon=5e-2),
             "fake": Role(torch.nn.Linear(4, 1), 1e-2, betas=(0.0, 0.9), ema=0.9),
         }
         self.often, self.nan_at = often, nan_at
@@ -33,6 +33,13 @@ class Regression:
         if step % self.often == 0:
             losses["fake"] = (self.roles["fake"].module(x) - y).square().mean()
         return losses | {"size": x.square().mean()}
+
+
+def test_muon_takes_hidden_weights_alone():
+    net = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in ("time_embed", "hidden", "proj_out")})
+    role = Role(net, 1e-3, muon=1e-2)
+    adam, muon = ([p for g in o.param_groups for p in g["params"]] for o in role.optimisers)
+    assert [p is net["hidden"].weight for p in muon] == [True] and len(adam) == 5
 
 
 class Killed(BaseException):
@@ -59,7 +66,7 @@ def bits(task):
         out |= {f"{name}/{k}": v for k, v in role.module.state_dict().items()}
         out |= {f"{name}/average/{i}": p for i, p in enumerate(role.average.shadow_params)}
         for i, p in enumerate(role.params):
-            out |= {f"{name}/{i}/{k}": v for k, v in role.optimiser.state[p].items()}
+            out |= {f"{name}/{i}/{k}": v for k, v in role.state_of(p).items()}
     return {k: v.detach().clone() for k, v in out.items()}
 
 

@@ -141,9 +141,10 @@ def _map(paradigm, tangents, gad, generator):
         return at.x0 + t_like(along, at.jv) * at.jv
 
     base = at.x0 if gad.scheme == "forward" else None
-    return geometry.output_loss(
+    loss = geometry.output_loss(
         endpoint, tangent, at.z, at.v, gad.h, gad.scheme, teacher_base=base, normalise=gad.normalise
     )
+    return loss.log1p() if gad.robust else loss
 
 
 def _score_maps(paradigm, point):

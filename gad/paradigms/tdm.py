@@ -25,7 +25,7 @@ class TDM(Paradigm):
 
     def __init__(self, backbone, steps, cfg, p, distill):
         super().__init__(backbone, steps, cfg, p, distill)
-        betas = (0.0, 0.95)
+        betas = (p["beta1"], 0.95)
         fake = Role(self.copy_of_teacher(), p["fake_lr"], betas, 0.01, distill.clip)
         student = Role(self.student, p["lr"], betas, 0.01, distill.clip, distill.ema)
         self.roles = {"fake": fake, "student": student}

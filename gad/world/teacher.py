@@ -17,7 +17,9 @@ from .detector import centres, judge
 class TeacherTask:
     """Denoising score (or flow) matching with captions, a tenth of them dropped for guidance.
 
-    ε-prediction: uniform t, min-SNR weight of γ = 5 (Hang et al. 2023, eq. 6). Flow: t shifted as the sampler's.
+    ε-prediction: uniform t; v-prediction's weight truncated at γ = 5 (Hang et al. 2023), `min(SNR + 1, 5)` on x̂0,
+    capped where SNR < 0.01. Layouts are decided at high noise, to which min-SNR's own weight gives little: there
+    x̂0 is ε̂'s error times `1/α`, up to 157. Flow: t shifted as the sampler's.
     """
 
     def __init__(self, backbone, latents, captions, p):
@@ -25,7 +27,9 @@ class TeacherTask:
         encoder, network = backbone.pipeline.text_encoder, backbone.network
         for module in (encoder, network):
             module.requires_grad_(True).train()
-        self.roles = {"teacher": Role(nn.ModuleList([network, encoder]), p["lr"], ema=p["ema"], weight_decay=0.01)}
+        self.roles = {"teacher": Role(
+            nn.ModuleList([network, encoder]), p["lr"], (0.9, 0.98), 0.01, ema=p["ema"], muon=p["muon"]
+        )}
         self.make_latents = latents
         self.unique = ["", *dict.fromkeys(captions)]
         number = {c: i for i, c in enumerate(self.unique)}
@@ -43,7 +47,7 @@ class TeacherTask:
         i = torch.randint(len(self.latents), (n,), generator=generator, device=device)
         x0 = self.latents[i.to(self.latents.device)].to(device)
         eps = torch.randn(x0.shape, generator=generator, device=device)
-        t = torch.rand(n, generator=generator, device=device)
+        t = (torch.arange(n, device=device) + torch.rand(n, generator=generator, device=device)) / n  # stratified
         dropped = torch.rand(n, generator=generator, device=device) < self.drop
         levels = self.backbone.levels
         if levels.flow:
@@ -53,7 +57,8 @@ class TeacherTask:
         else:
             t = (t * levels.train_steps).floor() / (levels.train_steps - 1)
             alpha, sigma = levels.alpha_sigma(t)
-            weight = (5 * sigma**2 / alpha**2).clamp(max=1)
+            snr = (alpha / sigma) ** 2
+            weight = ((snr + 1).clamp(max=5) / snr).clamp(max=100)
         text = [self.unique[k] for k in self.caption[i.cpu()].masked_fill(dropped.cpu(), 0)]
         cond = Condition(*self.backbone.encode_text(text))
         x_t = levels.add_noise(x0, eps, t)

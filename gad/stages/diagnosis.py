@@ -1,0 +1,57 @@
+"""What a student could learn of its teacher, and what a measurement can see."""
+
+import numpy as np
+import torch
+
+from .. import paths
+from ..backbones import load
+from ..evaluation import geometry, precision
+from ..paradigms.base import Tangents
+from ..params import Params
+from ..world import scenes
+from .common import prepare, write_csv, write_json
+
+BATCH = 32  # of the endpoints students learn from: fixed, since their bits depend on it
+
+
+def diagnose(backbone: str, p: Params) -> dict:
+    """The teacher's endpoints and exact tangents at training and test noises, what a student can and can't
+    reach (floors), and what finite differences report in each precision."""
+    which, e, seed = p.backbones[backbone], p.evaluation, p.seeds.world
+    accelerator = prepare(p)
+    teacher = load(backbone, p).to(accelerator.device)
+    folder, endpoints = paths.diagnosis(backbone), paths.endpoints(backbone)
+    for made in (folder, endpoints):
+        made.mkdir(parents=True, exist_ok=True)
+
+    def tangents(z, v, cond, steps, cfg, batch=e.batch):
+        return geometry.tangents(
+            lambda c: geometry.endpoint(teacher, teacher.network, c, steps, cfg), z, v, cond, batch, backbone
+        )
+
+    def save(path, prompts, seeds, batch=BATCH):
+        z, v, cond = Tangents.inputs(teacher, prompts, seeds)
+        x0, jv = tangents(z, v, cond, which.teacher_steps, which.cfg, batch)
+        Tangents.save(path, x0, jv, prompts, seeds)
+        return Tangents(z, v, x0, jv, cond)
+
+    n = p.endpoints
+    save(endpoints / "train.safetensors", scenes.sample(n.pairs, seed, "train").captions(), (seed + 6, seed + 7))
+    save(endpoints / "probe.safetensors", scenes.sample(n.probes, seed + 9, "test").captions(), (seed + 9, seed + 10))
+    prompts = [c for c in scenes.sample(e.prompts, seed + 4, "test").captions() for _ in range(e.noises)]
+    test = save(folder / "test.safetensors", prompts, (seed + 4, seed + 5), e.batch)
+    other = {
+        "teacher, CFG + 1": (which.teacher_steps, which.cfg + 1),
+        "teacher, half the steps": (which.teacher_steps // 2, which.cfg),
+        "untrained student": (which.student_steps, 1.0),
+    }
+    floors = {}
+    for name, (steps, cfg) in other.items():
+        y, response = tangents(test.z, test.v, test.cond, steps, cfg)
+        floors[name] = geometry.row(y, response, test.x0, test.jv)
+    shifted = (torch.roll(a, e.noises, 0) for a in (test.x0, test.jv))
+    floors["another noise's tangent"] = geometry.row(*shifted, test.x0, test.jv)
+    write_json(folder / "floors.json", floors)
+    write_csv(folder / "precision.csv", precision.sweep(teacher, test[slice(0, 8)], which.cfg))
+    write_csv(folder / "published.csv", precision.known_students(teacher, test[slice(0, 16)], seed))
+    return {name: {k: float(np.mean(r[k])) for k in ("cos", "ratio", "relative")} for name, r in floors.items()}
