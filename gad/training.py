@@ -213,7 +213,8 @@ def _load(path, task, key):
         with safe_open(path, "pt") as f:
             meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{os.path.relpath(path)} is not a readable checkpoint ({error}): delete it to start over") from None
+        name = os.path.relpath(path)
+        raise ValueError(f"{name} is not a readable checkpoint ({error}): delete it to start over") from None
     if meta["key"] != key:
         return 0, []
     for name, role in task.roles.items():
