@@ -121,7 +121,7 @@ def published(p: Params):
             right.axhline(y, color="gray", lw=0.7, ls=":")
         right.set(xlabel="true JVP cosine of the student", ylabel="reported cosine", ylim=(-0.1, 1.05))
     axes[0, 0].legend(frameon=False, fontsize=6)
-    axes[0, 1].legend(frameon=False, fontsize=7)
+    axes[0, 1].legend(frameon=False, fontsize=7, loc=(0.02, 0.62))
     figure.tight_layout()
     return figure
 
