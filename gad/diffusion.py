@@ -1,4 +1,5 @@
 """Noise levels and conversions. Time `t` is in [0, 1] for every backbone: 0 clean, 1 the first sampling step.
+A DDPM schedule's 0 still holds a little noise: below 0 is clean.
 
 `x_t = α_t x0 + σ_t ε`. VP: `α_t = √ᾱ` of a DDPM schedule of T steps, `t = i / (T − 1)`, log ᾱ linear in between.
 Flow: `α_t = 1 − t`, `σ_t = t`, and the network predicts `ε − x0`. All arithmetic in fp32 at least.
@@ -33,14 +34,14 @@ class Levels:
         return (t.double() * (self.train_steps - 1)).float()
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """`α_t` and `σ_t`, (B,) fp32, for `t` (B,) in [0, 1]."""
+        """`α_t` and `σ_t`, (B,) fp32, for `t` (B,) in [0, 1]; 1 and 0 below."""
         if self.flow:
-            t = t.float()
+            t = t.float().clamp(min=0)
             return 1 - t, t
         table = self._log_alpha_bar.to(t.device)
         index = self.timestep(t).double()
         low = index.floor().long().clamp(0, self.train_steps - 2)
-        alpha_bar = torch.lerp(table[low], table[low + 1], index - low).exp()
+        alpha_bar = torch.where(t < 0, 1, torch.lerp(table[low], table[low + 1], index - low).exp())
         return alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -75,9 +76,15 @@ class Levels:
         return (_wide(x_t) - alpha * _wide(x0)) / sigma
 
     def step(self, x0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
-        """The deterministic move to time `s` (DDIM; Euler for a flow); `s < 0` or a flow's 0 is clean."""
-        alpha, sigma = self._like(x0, s.clamp(min=0))
-        return torch.where(t_like(s, x0) <= (0 if self.flow else -1e-6), x0, alpha * x0 + sigma * eps)
+        """The deterministic move to time `s` (DDIM; Euler for a flow)."""
+        alpha, sigma = self._like(x0, s)
+        return alpha * x0 + sigma * eps
+
+    def ends(self, x_t: Tensor, t: Tensor, x_s: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """(x̂0, ε̂) for which `step` moves `x_t` at time `t` to `x_s` at `s < t`. Linear in both."""
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self._like(x_t, t), self._like(x_s, s)
+        area = alpha_s * sigma_t - alpha_t * sigma_s
+        return (sigma_t * x_s - sigma_s * x_t) / area, (alpha_s * x_t - alpha_t * x_s) / area
 
     def _like(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(t_like(a, x) for a in self.alpha_sigma(t))

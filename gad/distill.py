@@ -10,8 +10,10 @@ import torch
 from .backbones import Backbone, Condition
 from .evaluation.geometry import compare, endpoint, tangents
 from .paradigms import PARADIGMS
-from .paradigms.base import Batch, Tangents, gad_loss
+from .paradigms.base import Batch
+from .paradigms.forms import gad_loss
 from .params import Params, Run
+from .tangents import Tangents
 from .training import identity_key, step_generator, train
 
 

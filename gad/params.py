@@ -33,7 +33,7 @@ class Seeds(_Section):
 
 
 class Gad(_Section):
-    form: Literal["map", "score", "paired-score", "released"]
+    form: Literal["map", "step", "score", "paired-score", "released"]
     h: Positive
     lam: NonNegative
     scheme: Literal["forward", "central", "exact"]
@@ -66,7 +66,7 @@ class BackboneParams(_Section):
     teacher_steps: Divisor
     student_steps: Divisor
     cfg: Annotated[float, Field(ge=1, allow_inf_nan=False)]
-    pretrain: dict[str, bool | int | float | str] = {}
+    pretrain: dict[str, bool | int | float | str | dict[str, bool | int | float | str]] = {}
 
 
 class AutoencoderParams(_Section):
@@ -76,18 +76,22 @@ class AutoencoderParams(_Section):
     compile: bool
 
 
-class Teacher(_Section):
+class Cycle(_Section):
     steps: PositiveInt
-    batch: PositiveInt
     lr: Positive
     muon: Positive
+    compile: bool
+    precision: Precision
+
+
+class Teacher(Cycle):
+    batch: PositiveInt
     warmup: PositiveInt
     ema: Fraction
     drop: Fraction
     scenes: PositiveInt
-    compile: bool
-    precision: Precision
     prompts: PositiveInt
+    refine: Cycle
 
 
 class Endpoints(_Section):
@@ -155,7 +159,9 @@ class Params(_Section):
 
     def teacher_of(self, backbone: str) -> Teacher:
         """The `teacher` section with the backbone's own `pretrain` values over it."""
-        return Teacher.model_validate(self.teacher.model_dump() | self.backbones[backbone].pretrain)
+        general, own = self.teacher.model_dump(), dict(self.backbones[backbone].pretrain)
+        own["refine"] = general["refine"] | own.get("refine", {})
+        return Teacher.model_validate(general | own)
 
     def runs(self) -> list["Run"]:
         """Every student of the grid, in the pipeline's order. Results are collected by this list alone."""

@@ -47,10 +47,15 @@ def label(run: Run) -> str:
     return run.paradigm.upper() + (" + GAD" if run.variant == "gad" else "")
 
 
-def measure(rows: list[dict], n: int) -> dict[str, tuple[float, float, float]]:
-    """Each metric of one model as (value, low, high). `rows`: one result per seed, over the same points."""
-    points = len(rows[0]["cos"])
-    prompts = np.tile(np.arange(points), len(rows))
+def _prompts(points: int, noises: int, seeds: int) -> np.ndarray:
+    """The prompt of each of `seeds` runs' points, `noises` a prompt."""
+    return np.tile(np.arange(points) // noises, seeds)
+
+
+def measure(rows: list[dict], n: int, noises: int) -> dict[str, tuple[float, float, float]]:
+    """Each metric of one model as (value, low, high). `rows`: one result per seed, over the same points, `noises`
+    of them a prompt."""
+    prompts = _prompts(len(rows[0]["cos"]), noises, len(rows))
     out = {}
     for key, summary in SUMMARY.items():
         x = np.concatenate([r[key] for r in rows])
@@ -64,7 +69,7 @@ def accuracy(results: list[dict], n: int) -> dict[str, tuple[float, float, float
     out = {}
     for key in ("scene", "colour_count"):
         x = np.concatenate([r["quality"][key] for r in results])
-        prompts = np.tile(np.arange(len(x) // len(results)), len(results))
+        prompts = _prompts(len(x) // len(results), 1, len(results))
         out[key] = bootstrap(lambda i, x=x: x[i].mean(), prompts, n)
     return out
 
@@ -80,7 +85,7 @@ def models(p: Params, backbone: str) -> dict[tuple[str, str], list[dict]]:
 
 def table1(p: Params) -> pd.DataFrame:
     """Long form: backbone, model, map, metric, value, low, high; then GAD minus base, paired over prompts."""
-    n, rows = p.report.bootstrap, []
+    n, noises, rows = p.report.bootstrap, p.evaluation.noises, []
 
     def add(backbone, model, where, measured):
         rows.extend(
@@ -90,28 +95,30 @@ def table1(p: Params) -> pd.DataFrame:
 
     for backbone in p.grid.backbones:
         for name, floor in read(paths.diagnosis(backbone) / "floors.json").items():
-            add(backbone, name, "endpoint", measure([floor], n))
+            add(backbone, name, "endpoint", measure([floor], n, noises))
         found = models(p, backbone)
         for (paradigm, variant), results in found.items():
             name = label(Run(backbone, paradigm, variant, 0))
-            add(backbone, name, "endpoint", measure([r["endpoint"] for r in results], n))
+            add(backbone, name, "endpoint", measure([r["endpoint"] for r in results], n, noises))
             for level in results[0]["local"]:
-                add(backbone, name, f"local t={level}", measure([r["local"][level] for r in results], n))
+                add(backbone, name, f"local t={level}", measure([r["local"][level] for r in results], n, noises))
             add(backbone, name, "images", accuracy(results, n))
         for paradigm in p.grid.paradigms:
             if (paradigm, "base") in found and (paradigm, "gad") in found:
                 base, gad = found[paradigm, "base"], found[paradigm, "gad"]
-                add(backbone, f"{paradigm.upper()}: GAD − base", "difference", difference(base, gad, n))
+                add(backbone, f"{paradigm.upper()}: GAD − base", "difference", difference(base, gad, n, noises))
     return pd.DataFrame(rows)
 
 
-def difference(base: list[dict], gad: list[dict], n: int) -> dict[str, tuple[float, float, float]]:
+def difference(base: list[dict], gad: list[dict], n: int, noises: int) -> dict[str, tuple[float, float, float]]:
     """GAD minus base on the same prompts and noises: the difference of the summaries, resampled together."""
     out = {}
-    for where, keys in (("endpoint", ("cos", "ratio", "relative", "value")), ("quality", ("scene", "colour_count"))):
+    for where, each, keys in (
+        ("endpoint", noises, ("cos", "ratio", "relative", "value")), ("quality", 1, ("scene", "colour_count"))
+    ):
         for key in keys:
             b, g = (np.concatenate([r[where][key] for r in rows]) for rows in (base, gad))
-            prompts = np.tile(np.arange(len(b) // len(base)), len(base))
+            prompts = _prompts(len(b) // len(base), each, len(base))
             summary = SUMMARY.get(key, np.mean)
             out[key] = bootstrap(lambda i, b=b, g=g, summary=summary: summary(g[i]) - summary(b[i]), prompts, n)
     return out

@@ -173,9 +173,10 @@ def train(
         bar.update()
         if step == start:  # the first step also makes data and compiles
             began = time.monotonic()
-        if bar.disable and accelerator.is_main_process and time.monotonic() - last > 30:  # no terminal: a line at times
+        due = step > start and time.monotonic() - last > 30
+        if bar.disable and accelerator.is_main_process and due:  # no terminal: a line at times
             last = time.monotonic()
-            eta = (last - began) / max(1, step - start) * (steps - step - 1)
+            eta = (last - began) / (step - start) * (steps - step - 1)
             print(f"{folder.name}: step {step + 1}/{steps}, {eta / 60:.1f} min to go", file=sys.stderr, flush=True)
         if accelerator.is_main_process and ((step + 1) % save_every == 0 or step == steps - 1):
             _save(state, task, key, step + 1, rows)

@@ -136,6 +136,20 @@ def test_sample_is_a_function_of_the_noise_alone(backbone, cond, z):
     assert (backbone.sample(backbone.network, z.flip(0), cond, 4, 3.0) - first).abs().mean() > 0.1
 
 
+@torch.no_grad()
+def test_path_meets_the_samplers_states(backbone, cond, z):
+    network, levels = backbone.network, backbone.levels
+    own = backbone.times(4)
+    states = backbone.sample(network, z, cond, 4, 3.0, return_trajectory=True)
+    assert_same(backbone.path(network, z, cond, 4, 3.0, own).transpose(0, 1), states)
+    between = (own[1] + own[2]) / 2
+    found = backbone.path(network, z, cond, 4, 3.0, torch.stack([own[0], between, own[-1]]))
+    one = torch.ones(2, dtype=torch.float64)
+    x0, eps = backbone.both(network, states[1], own[1] * one, cond, 3.0)
+    assert_same(found[:, 1], levels.step(x0, eps, between * one))
+    assert_same(found[:, 2], states[-1])
+
+
 def test_times_fall_from_one(backbone):
     for steps in (1, 4, 20):
         times = backbone.times(steps)

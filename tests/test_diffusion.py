@@ -120,6 +120,15 @@ def test_clean_is_exactly_x0(levels):
     assert torch.equal(mixed[0], x0[0]) and not torch.allclose(mixed[1], x0[1], atol=0.1)
 
 
+def test_ends_undo_step(levels):
+    x0, eps = pair(4)
+    t = torch.tensor([1.0, 0.8, 0.5, 0.3])
+    s = torch.tensor([0.7, 0.2, 0.4, 0.0 if levels.flow else -1.0])
+    found = levels.ends(levels.add_noise(x0, eps, t), t, levels.step(x0, eps, s), s)
+    torch.testing.assert_close(found[0], x0, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found[1], eps, rtol=1e-3, atol=1e-4)
+
+
 def test_unknown_prediction_is_refused():
     with pytest.raises(ValueError, match="prediction_type='sample'"):
         Levels(DDIMScheduler(prediction_type="sample"))

@@ -198,6 +198,18 @@ class Backbone:
             states.append(self.step(network, states[-1], t * one, s * one, cond, cfg))
         return torch.stack(states) if return_trajectory else states[-1]
 
+    def path(self, network, z: Tensor, cond: Condition, steps: int, cfg: float, times: Tensor) -> Tensor:
+        """States (B, len(times), C, H, W) of the `steps`-step sampler at `times`, falling from the first: its
+        moves are straight in (x̂0, ε̂), so a time between two of its own has a state too."""
+        own = self.times(steps)
+        states = self.sample(network, z, cond, steps, cfg, return_trajectory=True)
+        found = []
+        for time in times.tolist():
+            k = int((own > time).sum().clamp(1, steps))  # from own[k − 1] to own[k]
+            t, s, at = (z.new_full((len(z),), x, dtype=torch.float64) for x in (own[k - 1], own[k], time))
+            found.append(self.levels.step(*self.levels.ends(states[k - 1], t, states[k], s), at))
+        return torch.stack(found, 1)
+
     def features(self, network, x_t: Tensor, t: Tensor, cond: Condition) -> list[Tensor]:
         """Outputs of the network's blocks at about a quarter, a half and three quarters of its depth."""
         blocks = self.blocks(network)

@@ -84,7 +84,7 @@ def spectral_kl(student: np.ndarray, teacher: np.ndarray) -> float:
     """KL(P_T ‖ P_S) of the mean spectra of (N, bins) rows."""
     p, q = teacher.mean(0), student.mean(0)
     keep = p > 0
-    return float((p[keep] * np.log(p[keep] / q[keep])).sum())
+    return max(0.0, float((p[keep] * np.log(p[keep] / q[keep])).sum()))  # rounding may leave −1e-16
 
 
 def bootstrap(statistic, prompts: np.ndarray, n: int, seed: int = 0) -> tuple[float, float, float]:

@@ -74,9 +74,7 @@ class TDM(Paradigm):
     def _diffuse(self, x, s, tau, noise):
         """From time `s` (below 0: clean) forward to `tau`."""
         levels = self.backbone.levels
-        clean = s <= 0
-        alpha_s, sigma_s = (torch.where(clean, float(c), a) for a, c in
-                            zip(levels.alpha_sigma(s.clamp(min=0)), (1, 0), strict=True))
+        alpha_s, sigma_s = levels.alpha_sigma(s)
         alpha, sigma = levels.alpha_sigma(tau)
         ratio = alpha / alpha_s
         spread = (sigma**2 - (ratio * sigma_s) ** 2).clamp(min=0).sqrt()

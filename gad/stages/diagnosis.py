@@ -6,8 +6,8 @@ import torch
 from .. import paths
 from ..backbones import load
 from ..evaluation import geometry, precision
-from ..paradigms.base import Tangents
 from ..params import Params
+from ..tangents import Tangents
 from ..world import scenes
 from .common import prepare, write_csv, write_json
 
@@ -29,17 +29,26 @@ def diagnose(backbone: str, p: Params) -> dict:
             lambda c: geometry.endpoint(teacher, teacher.network, c, steps, cfg), z, v, cond, batch, backbone
         )
 
-    def save(path, prompts, seeds, batch=BATCH):
+    def save(path, prompts, seeds, times, batch=BATCH, dtype=torch.float32):
+        """The teacher's path, and how it turns with the noise, at the first and last of `times` and between."""
         z, v, cond = Tangents.inputs(teacher, prompts, seeds)
-        x0, jv = tangents(z, v, cond, which.teacher_steps, which.cfg, batch)
-        Tangents.save(path, x0, jv, prompts, seeds)
-        return Tangents(z, v, x0, jv, cond)
+        found = geometry.tangents(
+            lambda c: lambda z: teacher.path(teacher.network, z, c, which.teacher_steps, which.cfg, times),
+            z, v, cond, batch, backbone,
+        )
+        Tangents(*found, cond).save(path, prompts, seeds, dtype)
+        return Tangents.load(path, teacher)
 
+    times = teacher.times(which.student_steps)
+    ends = times[[0, -1]]
     n = p.endpoints
-    save(endpoints / "train.safetensors", scenes.sample(n.pairs, seed, "train").captions(), (seed + 6, seed + 7))
-    save(endpoints / "probe.safetensors", scenes.sample(n.probes, seed + 9, "test").captions(), (seed + 9, seed + 10))
+    # Half precision is ample for a target, and the store is small.
+    prompts = scenes.sample(n.pairs, seed, "train").captions()
+    save(endpoints / "train.safetensors", prompts, (seed + 6, seed + 7), times, dtype=torch.float16)
+    prompts = scenes.sample(n.probes, seed + 9, "test").captions()
+    save(endpoints / "probe.safetensors", prompts, (seed + 9, seed + 10), ends)
     prompts = [c for c in scenes.sample(e.prompts, seed + 4, "test").captions() for _ in range(e.noises)]
-    test = save(folder / "test.safetensors", prompts, (seed + 4, seed + 5), e.batch)
+    test = save(folder / "test.safetensors", prompts, (seed + 4, seed + 5), ends, e.batch)
     other = {
         "teacher, CFG + 1": (which.teacher_steps, which.cfg + 1),
         "teacher, half the steps": (which.teacher_steps // 2, which.cfg),

@@ -5,8 +5,8 @@ import shutil
 from .. import distill as students
 from .. import paths
 from ..backbones import load
-from ..paradigms.base import Tangents
 from ..params import Params, Run
+from ..tangents import Tangents
 from ..world import scenes
 from .common import prepare, write_csv
 

@@ -7,8 +7,8 @@ from torchvision.utils import save_image
 from .. import paths
 from ..backbones import load
 from ..evaluation import geometry
-from ..paradigms.base import Tangents
 from ..params import Params, Run
+from ..tangents import Tangents
 from ..world import scenes
 from ..world import teacher as teachers
 from ..world.detector import judge

@@ -28,9 +28,11 @@ def teacher(backbone: str, p: Params) -> dict:
     folder = paths.autoencoder(which.autoencoder)
     vae = (AutoencoderDC if which.autoencoder == "dc" else AutoencoderKL).from_pretrained(folder)
     training, seed = p.teacher_of(backbone), p.seeds.world
-    accelerator, config = prepare(p, training.precision), training.model_dump()
+    config = training.model_dump()
     work = paths.resume(f"teacher-{backbone}")
-    made = teachers.pretrain(which.family or backbone, vae, paths.teacher(backbone), work, config, seed, accelerator)
+    made = teachers.pretrain(
+        which.family or backbone, vae, paths.teacher(backbone), work, config, seed, lambda x: prepare(p, x)
+    )
     metrics = teachers.evaluate(made, made.network, which.teacher_steps, which.cfg, seed, training.prompts)
     write_json(paths.teacher_metrics(backbone), metrics)
     shutil.rmtree(work)

@@ -67,8 +67,12 @@ class TeacherTask:
         return {"teacher": (t_like(weight, error) * error).mean(), "mse": error.mean().detach()}
 
 
-def pretrain(name: str, vae, folder: Path, work: Path, p: dict, seed: int, accelerator=None):
-    """Train the miniature teacher of backbone `name` and save it to `folder` as a pipeline."""
+def pretrain(name: str, vae, folder: Path, work: Path, p: dict, seed: int, accelerators=None):
+    """Train the miniature teacher of backbone `name` and save it to `folder` as a pipeline.
+
+    Two cosine cycles (Loshchilov & Hutter 2017): the second, `p["refine"]`, sets out from the first's average.
+    `accelerators`: makes the accelerator of a precision ("no", "bf16", "fp16").
+    """
     torch.manual_seed(seed)
     backbone = BACKBONES[name](MINIATURES[name](vae, scenes.WORDS), name)
     world = scenes.sample(p["scenes"], seed)
@@ -77,11 +81,15 @@ def pretrain(name: str, vae, folder: Path, work: Path, p: dict, seed: int, accel
         with torch.no_grad():
             return torch.cat([backbone.encode_images(world[i:i + 256].render()) for i in range(0, n, 256)])[:n]
 
-    task = TeacherTask(backbone, lambda: latents(p["scenes"]), world.captions(), p)
     identity = {"teacher": name, "latents": latents(min(256, p["scenes"])).double().sum().item(), **p}
-    train(task, work, p["steps"], seed, identity, warmup=p["warmup"], accelerator=accelerator)
-    role = task.roles["teacher"]
-    role.average.copy_to(role.params)
+    for cycle, settings in (("first", p), ("refine", {**p, **p["refine"]})):
+        task = TeacherTask(backbone, lambda: latents(p["scenes"]), world.captions(), settings)
+        train(
+            task, work / f"{work.name}-{cycle}", settings["steps"], seed, identity, settings["warmup"],
+            accelerator=accelerators(settings["precision"]) if accelerators else None,
+        )
+        role = task.roles["teacher"]
+        role.average.copy_to(role.params)
     for module in (backbone.network, backbone.pipeline.text_encoder):
         module.to("cpu").eval()
     backbone.pipeline.save_pretrained(folder)

@@ -1,0 +1,111 @@
+"""GAD's forms, which any paradigm may carry: where responses are compared, and what the gradient reaches."""
+
+import torch
+from torch import Tensor
+
+from .. import geometry
+from ..diffusion import t_like
+from ..tangents import Tangents
+from .base import Paradigm, pseudo_huber
+
+
+def gad_loss(paradigm: Paradigm, tangents: Tangents, gad, step: int, generator) -> Tensor | None:
+    """The GAD term of this step, weighted by λ, as a scalar; None where it does not apply.
+
+    `map`: the student's endpoint map `z → x0` against the teacher's, the output form (paper, L_GAD).
+    `step`: the same one step at a time, at the latents of the teacher's path and along its own responses there.
+    A few-step map is the product of its steps' Jacobians: equal steps make equal maps, at a fraction of the cost
+    and without the variance of differentiating through the whole sampler.
+    `score`: `(Δfake − Δreal) ∂x_τ/∂θ` as the paper prints it. `v` is symmetric and independent of x_τ, so its
+    mean over `v` is zero up to O(h²): kept to measure. `paired-score`: the same through the student's own
+    response, whose mean is `⟨J_fake − J_real, ∂_θ J_S⟩_F`. `released`: what the published script computes.
+    """
+    if gad.lam == 0 or step % gad.every:
+        return None
+    if gad.form not in ("map", "step") and paradigm.point is None:
+        raise ValueError(f"gad.form={gad.form!r} needs a paradigm with a fake score: use 'map' or 'step'")
+    form = FORMS[gad.form]
+    loss = sum(form(paradigm, tangents, gad, generator) for _ in range(gad.directions)) / gad.directions
+    return gad.lam * gad.every * loss.mean()
+
+
+def _map(paradigm, tangents, gad, generator):
+    at = tangents[torch.randint(len(tangents), (gad.pairs,), generator=generator, device=generator.device)]
+
+    def endpoint(z):
+        return paradigm.backbone.sample(paradigm.student, z, at.cond, paradigm.steps)
+
+    return _output_loss(endpoint, at.z, at.v, at.x0, at.jv, gad)
+
+
+def _step(paradigm, tangents, gad, generator):
+    backbone = paradigm.backbone
+    n, k = (torch.randint(top, (gad.pairs,), generator=generator, device=generator.device)
+            for top in (len(tangents), paradigm.steps))
+    t, s = (backbone.times(paradigm.steps).to(k.device)[j] for j in (k, k + 1))
+    # x̂0 that takes the teacher's path, and its response, to the next of the student's times in one move.
+    (x, x0), (u, ju) = ((a[n, k], backbone.levels.ends(a[n, k], t, a[n, k + 1], s)[0])
+                        for a in (tangents.states, tangents.responses))
+    size = u.flatten(1).square().mean(1).sqrt()  # so that h is per element here too
+    u, ju = u / t_like(size, u), ju / t_like(size, u)
+    return _output_loss(lambda y: backbone.x0(paradigm.student, y, t, tangents.cond[n]), x, u, x0, ju, gad)
+
+
+def _output_loss(student, x, v, y, jv, gad):
+    """GAD's output loss of `student` at `x` along `v`, for a teacher known to give `y` and to respond by `jv`."""
+    def teacher(at):  # linear about x along v
+        along = ((at - x) * v).flatten(1).sum(1) / v.square().flatten(1).sum(1)
+        return y + t_like(along, jv) * jv
+
+    base = y if gad.scheme == "forward" else None
+    loss = geometry.output_loss(
+        student, teacher, x, v, gad.h, gad.scheme, teacher_base=base, normalise=gad.normalise
+    )
+    return loss.log1p() if gad.robust else loss
+
+
+def _score_maps(paradigm, point):
+    backbone, fake = paradigm.backbone, paradigm.roles["fake"].module
+    return (
+        lambda x: backbone.x0(fake, x, point.tau, point.cond),
+        lambda x: backbone.x0(paradigm.teacher, x, point.tau, point.cond, paradigm.cfg),
+    )
+
+
+def _score(paradigm, tangents, gad, generator):
+    point = paradigm.point
+    x_tau = point.x_tau.detach()
+    v = geometry.direction(x_tau, generator=generator)
+    gradient = geometry.score_gradient(*_score_maps(paradigm, point), x_tau, v, gad.h, gad.scheme)
+    return geometry.surrogate(point.x_tau, gradient) / gradient[0].numel()
+
+
+def _paired_score(paradigm, tangents, gad, generator):
+    point = paradigm.point
+    v = geometry.direction(point.x, generator=generator)
+    gradient = geometry.score_gradient(
+        *_score_maps(paradigm, point), point.x_tau.detach(), v, gad.h, gad.scheme
+    )
+    own = geometry.response(point.renoise, point.x, v, gad.h, gad.scheme)
+    return geometry.surrogate(own, gradient) / gradient[0].numel()
+
+
+def _released(paradigm, tangents, gad, generator):
+    """The published script (TDM on PixArt-α): its student difference spans two inputs and two times, so it is
+    no derivative; `h` is the L2 norm of the whole perturbation, and the update a sign by a Huber of 1e-3."""
+    point, backbone = paradigm.point, paradigm.backbone
+    x = point.x_tau
+    v = geometry.direction(x, "sphere", generator)
+    fake, guided = _score_maps(paradigm, point)
+    with torch.no_grad():
+        at = x.detach()
+        d_fake = (fake(at + gad.h * v) - fake(at)) / gad.h
+        d_real = (guided(at + gad.h * v) - guided(at)) / gad.h
+    ahead = backbone.x0(paradigm.student, x + gad.h * v, point.tau, point.cond)
+    d_student = (ahead - point.x_hat) / gad.h
+    target = (d_student + d_real - d_fake).detach()
+    norm = (d_student - d_real).detach().abs().flatten(1).mean(1) + 1e-8
+    return (pseudo_huber(d_student - target, 1e-3) / t_like(norm, x)).flatten(1).mean(1)
+
+
+FORMS = {"map": _map, "step": _step, "score": _score, "paired-score": _paired_score, "released": _released}

@@ -1,0 +1,61 @@
+"""The teacher's exact responses along its paths: computed once, kept on disk, what GAD's output forms learn from."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .backbones import Backbone, Condition
+
+
+@dataclass(frozen=True)
+class Tangents:
+    """N paths of a teacher from noise to image, at K + 1 times.
+
+    states, responses (N, K + 1, C, H, W): each state of a path, and its exact response to a change of the noise.
+    The first are the noise `z` and its direction `v`, the last the endpoint `x0` and `jv = J_T(z) v`.
+    `cond`: the prompts' conditions.
+    """
+
+    states: Tensor
+    responses: Tensor
+    cond: Condition
+
+    z = property(lambda self: self.states[:, 0])
+    v = property(lambda self: self.responses[:, 0])
+    x0 = property(lambda self: self.states[:, -1])
+    jv = property(lambda self: self.responses[:, -1])
+
+    def __len__(self):
+        return len(self.states)
+
+    def __getitem__(self, i) -> "Tangents":
+        return Tangents(self.states[i], self.responses[i], self.cond[i])
+
+    @staticmethod
+    def inputs(backbone: Backbone, prompts: list[str], seeds: tuple[int, int]) -> tuple[Tensor, Tensor, Condition]:
+        """(z, v, cond): what a file need not hold."""
+        return *(backbone.noise(len(prompts), seed) for seed in seeds), backbone.encode(prompts)
+
+    def save(self, path: Path, prompts: list[str], seeds: tuple[int, int], dtype=torch.float32):
+        """All but `z`, `v` and `cond`, which follow from `seeds` and `prompts`, in `dtype`."""
+        kept = {k: getattr(self, k)[:, 1:].to("cpu", dtype).contiguous() for k in ("states", "responses")}
+        for name, value in kept.items():
+            if not torch.isfinite(value).all():
+                raise ValueError(f"the teacher's {name} have values that {dtype} cannot hold")
+        save_file(kept, path, {"prompts": json.dumps(prompts), "seeds": json.dumps(seeds)})
+
+    @staticmethod
+    def load(path: Path, backbone: Backbone) -> "Tangents":
+        """On the backbone's device, in fp32; noises from their seeds, prompts encoded anew."""
+        try:
+            with safe_open(path, "pt", str(backbone.device)) as f:
+                kept, meta = [f.get_tensor(k).float() for k in ("states", "responses")], f.metadata()
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): run the diagnose stage again") from None
+        *first, cond = Tangents.inputs(backbone, json.loads(meta["prompts"]), json.loads(meta["seeds"]))
+        return Tangents(*(torch.cat([a[:, None], b], 1) for a, b in zip(first, kept, strict=True)), cond)

@@ -1,0 +1,98 @@
+"""Table 1's measures on responses whose agreement is known, and its intervals."""
+
+import numpy as np
+import pytest
+import torch
+
+from gad import tables
+from gad.evaluation.geometry import bootstrap, compare, local_rows, row, spectral_kl, spectrum, tangents
+from gad.tangents import Tangents
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_compare_has_the_ceiling_the_floor_and_what_is_between():
+    teacher, other = normal(64, 4, 8, 8), normal(64, 4, 8, 8, seed=1)
+    same, none = compare(teacher, teacher), compare(other, teacher)
+    assert torch.allclose(same["cos"], torch.ones(64).double()) and (same["relative"] == 0).all()
+    assert none["cos"].mean().abs() < 0.02 and none["relative"].mean().item() == pytest.approx(2, rel=0.05)
+    # Orthogonal parts of known size: cos = a / √(a² + b²).
+    other -= (other * teacher).flatten(1).sum(1).view(-1, 1, 1, 1) / teacher.square().flatten(1).sum(1).view(
+        -1, 1, 1, 1) * teacher
+    size = teacher.flatten(1).norm(dim=1) / other.flatten(1).norm(dim=1)
+    mixed = compare(0.6 * teacher + 0.8 * size.view(-1, 1, 1, 1) * other, teacher)
+    assert torch.allclose(mixed["cos"], torch.full((64,), 0.6).double(), atol=1e-5)
+    assert torch.allclose(mixed["ratio"], torch.ones(64).double(), atol=1e-5)
+    assert torch.allclose(mixed["relative"], torch.full((64,), 0.16 + 0.64).double(), atol=1e-5)
+    half = compare(0.5 * teacher, teacher)
+    assert torch.allclose(half["ratio"], torch.full((64,), 0.5).double())
+    assert torch.allclose(half["mse"], 0.25 * teacher.double().square().flatten(1).mean(1))
+
+
+def test_spectrum_puts_a_wave_into_its_bin():
+    x = torch.arange(16) / 16
+    wave = torch.cos(2 * torch.pi * 3 * x)[None, None, None, :].expand(2, 4, 16, 16)
+    found = spectrum(wave)
+    assert found[:, 3].tolist() == pytest.approx([1, 1]) and found.sum(1).tolist() == pytest.approx([1, 1])
+    turned = spectrum(wave.transpose(-1, -2))
+    assert torch.allclose(found, turned)
+
+
+def test_spectral_kl_is_the_textbooks():
+    p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
+    assert spectral_kl(q, p) == pytest.approx(0.5 * np.log(2) - 0.25 * np.log(2))
+    assert spectral_kl(p, p) == 0
+
+
+def test_bootstrap_resamples_prompts_whole():
+    """Rows of a prompt are equal: counted one by one they would pass for ten times as many prompts."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=200)
+    x = np.repeat(values, 10)
+    value, low, high = bootstrap(lambda i: x[i].mean(), np.repeat(np.arange(200), 10), 2000)
+    width = 2 * 1.96 * values.std() / 200**0.5
+    assert value == pytest.approx(values.mean()) and low < value < high
+    assert high - low == pytest.approx(width, rel=0.1)
+
+
+def result(cos, scene):
+    flat = np.ones_like(cos)
+    spectra = np.tile([0.5, 0.5], (len(cos), 1))
+    endpoint = {"cos": cos, "ratio": flat, "mse": flat, "relative": flat, "value": flat,
+                "spectrum": spectra, "teacher_spectrum": spectra}
+    return {"endpoint": endpoint, "quality": {"scene": scene, "colour_count": scene}}
+
+
+def test_difference_is_paired_and_tighter_than_the_models_own():
+    rng = np.random.default_rng(0)
+    cos, scene = rng.uniform(0, 0.8, 96), rng.integers(0, 2, 96)
+    base, gad = result(cos, scene), result(cos + 0.1, scene)
+    found = tables.difference([base], [gad], 500, 1)
+    assert found["cos"] == pytest.approx((0.1, 0.1, 0.1)) and found["scene"] == (0, 0, 0)
+    own = tables.measure([base["endpoint"]], 500, 1)["cos"]
+    assert own[2] - own[1] > 0.05
+
+
+def test_noises_of_a_prompt_are_not_prompts():
+    rng = np.random.default_rng(0)
+    one = result(rng.uniform(0, 1, 96), np.zeros(96))["endpoint"]
+    many = {k: np.repeat(v, 4, axis=0) for k, v in one.items()}
+    single, repeated = (tables.measure([r], 1000, n)["cos"] for r, n in ((one, 1), (many, 4)))
+    assert single == pytest.approx(repeated, abs=0.01)
+    careless = tables.measure([many], 1000, 1)["cos"]
+    assert careless[2] - careless[1] < 0.7 * (single[2] - single[1])
+
+
+def test_a_student_that_is_the_teacher_scores_the_ceiling(mini, prompts):
+    backbone = mini("sana")
+    z, v, cond = Tangents.inputs(backbone, prompts, (0, 1))
+    found = tangents(lambda c: lambda z: backbone.path(backbone.network, z, c, 4, 1.0, backbone.times(4)[[0, -1]]),
+                     z, v, cond, 2)
+    t = Tangents(*found, cond)
+    y, jv = tangents(lambda c: lambda z: backbone.sample(backbone.network, z, c, 4), z, v, cond, 1)
+    own = row(y, jv, t.x0, t.jv)
+    assert own["cos"] == pytest.approx([1, 1], abs=1e-4) and max(own["value"]) < 1e-6
+    for level in local_rows(backbone, backbone.network, t, 1.0, 2).values():
+        assert level["cos"] == pytest.approx([1, 1], abs=1e-4) and max(level["relative"]) < 1e-6
