@@ -155,6 +155,13 @@ class Params(_Section):
             for name in names:
                 if name not in known:
                     raise ValueError(f"{key}: {name!r} is not in {where}; there are {', '.join(known)}")
+        for name in self.backbones:
+            try:
+                self.teacher_of(name)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(("backbones", name, "pretrain", *map(str, first["loc"])))
+                raise ValueError(f"{where}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
         return self
 
     def teacher_of(self, backbone: str) -> Teacher:

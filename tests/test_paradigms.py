@@ -200,7 +200,7 @@ def test_tangents_survive_the_disk(setting, tmp_path):
     assert torch.allclose(back.states, t.states, rtol=1e-3, atol=1e-5)
     assert torch.allclose(back.responses, t.responses, rtol=1e-3, atol=1e-5)
     huge = Tangents(t.states, 1e9 * t.responses, cond)
-    with pytest.raises(ValueError, match="responses have values that torch.float16 cannot hold"):
+    with pytest.raises(ValueError, match=r"responses have values that torch\.float16 cannot hold"):
         huge.save(tmp_path / "t.safetensors", prompts, (0, 1), torch.float16)
 
 

@@ -29,6 +29,9 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("backbones.sana.cfg", 0.5, "backbones.sana.cfg=0.5"),
         ("backbones.sana.family", "dalle", "backbones.*.family: 'dalle' is not in gad/backbones"),
         ("teacher.steps", 1.5, "teacher.steps=1.5"),
+        ("teacher.refine.steps", 0, "teacher.refine.steps=0"),
+        ("backbones.sana.pretrain", {"stepz": 9}, "backbones.sana.pretrain.stepz=9: extra inputs are not permitted"),
+        ("backbones.sana.pretrain", {"refine": {"lr": -1.0}}, "backbones.sana.pretrain.refine.lr=-1.0: input"),
         ("seeds.distill", [], "seeds.distill=[]"),
         ("distill.precision", "int8", "distill.precision='int8'"),
     ],
@@ -88,3 +91,13 @@ def test_command_line_mistakes_are_one_line(arguments, said):
     assert done.returncode == 1 and not done.stdout
     lines = [line for line in done.stderr.splitlines() if "Warning" not in line]
     assert len(lines) == 1 and lines[0].startswith("gad: ") and said in lines[0]
+
+
+def test_a_backbones_pretraining_lies_over_the_general_one(tmp_path):
+    data = yaml.safe_load((ROOT / "params.yaml").read_text())
+    data["teacher"] |= {"steps": 10, "lr": 0.1}
+    data["teacher"]["refine"] |= {"steps": 20, "muon": 0.3}
+    data["backbones"]["sana"]["pretrain"] = {"steps": 11, "refine": {"steps": 21}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(data))
+    found = params.load(tmp_path / "params.yaml").teacher_of("sana")
+    assert (found.steps, found.lr, found.refine.steps, found.refine.muon) == (11, 0.1, 21, 0.3)
