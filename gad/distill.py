@@ -53,7 +53,7 @@ def distill(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train student `run`, save its pipeline to `folder`; returns its training log and its probes.
 
-    `prompts`: the pool of training prompts; `teacher`: tangents GAD's map form learns from; `test`: those the
+    `prompts`: the pool of training prompts; `teacher`: what GAD's output forms learn from; `test`: those the
     probes look at.
     """
     which, d = p.backbones[run.backbone], p.distill

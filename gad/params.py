@@ -16,6 +16,9 @@ Divisor = Annotated[
     PositiveInt,
     AfterValidator(lambda n: n if 1000 % n == 0 else _fail("must divide 1000, the length of the DDPM schedules")),
 ]
+EvenDivisor = Annotated[  # floors are measured at half of them
+    Divisor, AfterValidator(lambda n: n if n % 2 == 0 else _fail("must be even: floors are measured at half of it"))
+]
 Precision = Literal["no", "bf16", "fp16"]
 
 
@@ -63,7 +66,7 @@ class BackboneParams(_Section):
     path: str | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    teacher_steps: Divisor
+    teacher_steps: EvenDivisor
     student_steps: Divisor
     cfg: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     pretrain: dict[str, bool | int | float | str | dict[str, bool | int | float | str]] = {}

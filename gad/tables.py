@@ -134,6 +134,14 @@ def wide(long: pd.DataFrame, maps: list[str], metrics: list[str]) -> pd.DataFram
     return table[[m for m in metrics if m in table]].rename(columns=COLUMNS).fillna("–").reset_index()
 
 
+def _weighted(p: Params) -> str:
+    """What λ multiplies, since it is not always the paper's."""
+    if p.gad.form in ("map", "step") and p.gad.normalise:
+        error = "the relative squared error of responses"
+        return (f"log(1 + {error})" if p.gad.robust else error) + ", which no λ of the paper's corresponds to"
+    return f"responses divided by h; the paper's λ, of differences not divided, is λ / h² = {p.gad.lam / p.gad.h**2:g}"
+
+
 def write(p: Params) -> pd.DataFrame:
     """reports/tables/*, reports/metrics.json; returns Table 1 in long form."""
     paths.TABLES.mkdir(parents=True, exist_ok=True)
@@ -148,8 +156,7 @@ def write(p: Params) -> pd.DataFrame:
         f"{', '.join(map(str, p.seeds.distill))}. Cosines are means, norm ratios geometric means, "
         "errors medians over noises: a few noises lie where the map is all but discontinuous. "
         "A teacher compared with itself is 1, 1, 0, 0 by definition.",
-        f"GAD: form `{p.gad.form}`, h = {p.gad.h} per element, λ = {p.gad.lam} on responses divided by h "
-        f"(the paper's λ is λ / h² = {p.gad.lam / p.gad.h**2:g}).",
+        f"GAD: form `{p.gad.form}`, h = {p.gad.h}, λ = {p.gad.lam} on {_weighted(p)}.",
         "## Endpoint map z → x0, and images",
         wide(long, ["endpoint", "images"], [*geometry, *quality]).to_markdown(index=False),
         "## GAD minus base, paired",

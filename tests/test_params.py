@@ -26,6 +26,7 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("grid.paradigms", ["lcm"], "grid.paradigms: 'lcm' is not in the paradigms section"),
         ("grid.variants", ["both"], "grid.variants.0='both'"),
         ("backbones.sana.teacher_steps", 30, "backbones.sana.teacher_steps=30 must divide 1000"),
+        ("backbones.sana.teacher_steps", 25, "backbones.sana.teacher_steps=25 must be even"),
         ("backbones.sana.cfg", 0.5, "backbones.sana.cfg=0.5"),
         ("backbones.sana.family", "dalle", "backbones.*.family: 'dalle' is not in gad/backbones"),
         ("teacher.steps", 1.5, "teacher.steps=1.5"),

@@ -13,12 +13,15 @@ def gad_loss(paradigm: Paradigm, tangents: Tangents, gad, step: int, generator) 
     """The GAD term of this step, weighted by λ, as a scalar; None where it does not apply.
 
     `map`: the student's endpoint map `z → x0` against the teacher's, the output form (paper, L_GAD).
-    `step`: the same one step at a time, at the latents of the teacher's path and along its own responses there.
-    A few-step map is the product of its steps' Jacobians: equal steps make equal maps, at a fraction of the cost
-    and without the variance of differentiating through the whole sampler.
+    `step`: the same one step at a time, at the latents of the teacher's path and along its own responses there: the
+    student's x̂0 against the one that leads the teacher's path to the student's next time. The Jacobian of a few-step
+    map is the product of its steps'; a student that also keeps to the path and matches each step's response matches
+    the map's, at a fraction of the cost and without the variance of differentiating through the whole sampler.
+    Both learn from stored noises, one direction `v` each: `directions` draws more of those.
     `score`: `(Δfake − Δreal) ∂x_τ/∂θ` as the paper prints it. `v` is symmetric and independent of x_τ, so its
-    mean over `v` is zero up to O(h²): kept to measure. `paired-score`: the same through the student's own
-    response, whose mean is `⟨J_fake − J_real, ∂_θ J_S⟩_F`. `released`: what the published script computes.
+    mean over `v` is zero, O(h) with forward differences: kept to measure.
+    `paired-score`: the same through the student's own response, whose mean is `⟨J_fake − J_real, ∂_θ J_S⟩_F`.
+    `released`: what the published script computes.
     """
     if gad.lam == 0 or step % gad.every:
         return None

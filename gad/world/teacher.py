@@ -70,7 +70,8 @@ class TeacherTask:
 def pretrain(name: str, vae, folder: Path, work: Path, p: dict, seed: int, accelerators=None):
     """Train the miniature teacher of backbone `name` and save it to `folder` as a pipeline.
 
-    Two cosine cycles (Loshchilov & Hutter 2017): the second, `p["refine"]`, sets out from the first's average.
+    Two cosine cycles (Loshchilov & Hutter 2017): the second, `p["refine"]`, sets out from the first's average
+    and draws the same scenes and noises again.
     `accelerators`: makes the accelerator of a precision ("no", "bf16", "fp16").
     """
     torch.manual_seed(seed)
