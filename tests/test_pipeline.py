@@ -225,7 +225,7 @@ class TestGraph:
 
     def test_change_runs_what_it_concerns_alone(self, copy):
         student, reports = "distill@sd2-tdm-gad-0", {"tables", "figures"}
-        copy.edit({"gad": {"lam": 0.5}})
+        copy.edit({"gad": {"lam": 0.125}})
         assert copy.changed() == {student, "tables"}
         copy.edit({"grid": {"backbones": ["sd2", "sana"]}})
         assert copy.changed() == {student, *column("sana"), *reports}
