@@ -228,8 +228,8 @@ def test_half_networks_need_a_large_central_step(case, dtype):
     half = network_map(backbone, copy.deepcopy(backbone.network).to(dtype), cond, 0.5)
     large = cosine(response(half, x, v, 0.1, "central"), exact)
     small = cosine(response(half, x, v, 0.01), exact)
-    assert large > (0.98 if dtype == torch.bfloat16 else 0.999)
-    assert small < large
+    assert large > (0.98 if dtype == torch.bfloat16 else 0.9995)
+    assert small < (0.98 if dtype == torch.bfloat16 else large)
 
 
 def test_released_setting_is_unsound(case):
