@@ -17,6 +17,8 @@ def main(argv: list[str] | None = None) -> int:
         ("diagnose", "teacher endpoints, tangents and floors", ("backbone",)),
         ("distill", "train a student", ("backbone", "paradigm", "variant", "seed")),
         ("evaluate", "measure a student", ("backbone", "paradigm", "variant", "seed")),
+        ("trial", "train and measure a student at the --set given; a row of reports/tuning.csv",
+         ("backbone", "paradigm", "variant", "seed")),
     ):
         command = commands.add_parser(name, help=text)
         for arg in args:
@@ -42,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
             key = args.kind if "kind" in args else args.backbone
         from . import stages  # after the checks: it imports torch
 
-        print(json.dumps(getattr(stages, args.command)(key, p), indent=2))
+        further = (overrides,) if args.command == "trial" else ()
+        print(json.dumps(getattr(stages, args.command)(key, p, *further), indent=2))
     except (ParamsError, ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"gad: {error}", file=sys.stderr)
         return 1

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from .backbones import Backbone, Condition
 from .evaluation.geometry import compare, endpoint, tangents
@@ -21,15 +23,24 @@ class Distillation:
     """The training task of one student. GAD draws from its own generator, so that `lam: 0` leaves every bit of
     the base method as it is."""
 
-    def __init__(self, paradigm, cond: Condition, teacher: Tangents, gad, batch: int, seed: int):
+    def __init__(self, paradigm, cond: Condition, teacher: Tangents, gad, batch: int, seed: int, samples=None):
         self.paradigm, self.cond, self.teacher, self.gad = paradigm, cond, teacher, gad
-        self.batch, self.seed, self.roles = batch, seed, paradigm.roles
+        self.batch, self.seed, self.roles, self.samples = batch, seed, paradigm.roles, samples
+
+    def draw(self, generator) -> Batch:
+        """New noises and any prompts; for a paired paradigm, samples of the teacher and the noises they came from."""
+        if self.paradigm.paired:
+            z, x0 = self.samples
+            i = torch.randint(len(z), (self.batch,), generator=generator, device=generator.device)
+            return Batch(z[i], self.cond[i], generator, x0[i])
+        shape, device = self.paradigm.backbone.latent_shape, generator.device
+        z = torch.randn(self.batch, *shape, generator=generator, device=device)
+        prompts = torch.randint(len(self.cond), (self.batch,), generator=generator, device=device)
+        return Batch(z, self.cond[prompts], generator)
 
     def losses(self, step, generator):
-        backbone, device = self.paradigm.backbone, generator.device
-        z = torch.randn(self.batch, *backbone.latent_shape, generator=generator, device=device)
-        prompts = torch.randint(len(self.cond), (self.batch,), generator=generator, device=device)
-        out = self.paradigm.losses(Batch(z, self.cond[prompts], generator), step)
+        device = generator.device
+        out = self.paradigm.losses(self.draw(generator), step)
         if self.gad and "student" in out:
             own = step_generator(self.seed, step, device, "gad")
             term = gad_loss(self.paradigm, self.teacher, self.gad, step, own)
@@ -59,7 +70,9 @@ def distill(
     which, d = p.backbones[run.backbone], p.distill
     paradigm = PARADIGMS[run.paradigm](backbone, which.student_steps, which.cfg, p.paradigms[run.paradigm], d)
     gad = p.gad if run.variant == "gad" and p.gad.lam > 0 else None
-    task = Distillation(paradigm, backbone.encode(prompts), teacher, gad, d.batch, run.seed)
+    cond = backbone.encode(prompts)
+    drawn = samples(backbone, cond[: d.samples], which.teacher_steps, which.cfg) if paradigm.paired else None
+    task = Distillation(paradigm, cond, teacher, gad, d.batch, run.seed, drawn)
     probes, every = {}, max(1, d.steps // 8)
     probe_file = work / f"probes-{identity_key(identity)[:8]}.json"
     if probe_file.exists():
@@ -83,6 +96,14 @@ def distill(
     save_student(run, p, backbone, paradigm.student, folder)
     rows = [{"step": k, **probes[k]} for k in sorted(probes)]
     return pd.read_csv(log), pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def samples(backbone: Backbone, cond: Condition, steps: int, cfg: float, seed: int = 11) -> tuple[Tensor, Tensor]:
+    """(z, x0), (N, C, H, W) each: noises, and where the teacher takes them for prompts `cond`."""
+    z = backbone.noise(len(cond), seed)
+    parts = tqdm(range(0, len(z), 64), "samples of the teacher", disable=None)
+    return z, torch.cat([backbone.sample(backbone.network, z[i:i + 64], cond[i:i + 64], steps, cfg) for i in parts])
 
 
 def look(backbone, student, test: Tangents, steps: int) -> dict[str, float]:

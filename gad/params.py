@@ -36,7 +36,9 @@ class Seeds(_Section):
 
 
 class Gad(_Section):
-    form: Literal["map", "step", "score", "paired-score", "released"]
+    form: Literal[
+        "map", "step", "score", "paired-score", "released", "rkd", "similarity", "augmentation", "unrelated"
+    ]
     h: Positive
     lam: NonNegative
     scheme: Literal["forward", "central", "exact"]
@@ -69,7 +71,7 @@ class BackboneParams(_Section):
     teacher_steps: EvenDivisor
     student_steps: Divisor
     cfg: Annotated[float, Field(ge=1, allow_inf_nan=False)]
-    pretrain: dict[str, bool | int | float | str | dict[str, bool | int | float | str]] = {}
+    pretrain: dict[str, bool | int | float | str | list[dict[str, bool | int | float | str]]] = {}
 
 
 class AutoencoderParams(_Section):
@@ -80,11 +82,16 @@ class AutoencoderParams(_Section):
 
 
 class Cycle(_Section):
+    """One cosine cycle of a teacher's training. `focus`: share of the noise levels drawn where layouts are decided;
+    `seed`: added to the world's, so that cycles need not draw the same noises."""
+
     steps: PositiveInt
     lr: Positive
     muon: Positive
     compile: bool
     precision: Precision
+    focus: Annotated[float, Field(ge=0, le=1)] = 0.0
+    seed: int = 0
 
 
 class Teacher(Cycle):
@@ -94,7 +101,17 @@ class Teacher(Cycle):
     drop: Fraction
     scenes: PositiveInt
     prompts: PositiveInt
-    refine: Cycle
+    refine: list[Cycle]  # each sets out from the average of the one before
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, data):
+        """What a later cycle does not say is the first's."""
+        if isinstance(data, dict) and isinstance(data.get("refine"), list):
+            first = {k: data[k] for k in Cycle.model_fields if k in data}
+            cycles = [first | c if isinstance(c, dict) else c for c in data["refine"]]
+            data = data | {"refine": cycles}
+        return data
 
 
 class Endpoints(_Section):
@@ -105,6 +122,7 @@ class Endpoints(_Section):
 class Distill(_Section):
     batch: PositiveInt
     prompts: PositiveInt
+    samples: PositiveInt
     steps: PositiveInt
     warmup: PositiveInt
     ema: Fraction
@@ -143,7 +161,7 @@ class Params(_Section):
     def _known(self):
         # By file names: importing the registries would cost every command the import of torch.
         backbones = {f.stem for f in (ROOT / "gad/backbones").glob("*.py")} - {"__init__", "base", "tokens"}
-        paradigms = {f.stem for f in (ROOT / "gad/paradigms").glob("*.py")} - {"__init__", "base"}
+        paradigms = {f.stem for f in (ROOT / "gad/paradigms").glob("*.py")} - {"__init__", "base", "forms"}
         for key, names, known, where in (
             ("grid.backbones", self.grid.backbones, self.backbones, "the backbones section"),
             ("grid.paradigms", self.grid.paradigms, self.paradigms, "the paradigms section"),
@@ -169,9 +187,7 @@ class Params(_Section):
 
     def teacher_of(self, backbone: str) -> Teacher:
         """The `teacher` section with the backbone's own `pretrain` values over it."""
-        general, own = self.teacher.model_dump(), dict(self.backbones[backbone].pretrain)
-        own["refine"] = general["refine"] | own.get("refine", {})
-        return Teacher.model_validate(general | own)
+        return Teacher.model_validate(self.teacher.model_dump() | self.backbones[backbone].pretrain)
 
     def runs(self) -> list["Run"]:
         """Every student of the grid, in the pipeline's order. Results are collected by this list alone."""

@@ -1,9 +1,12 @@
 """GAD's forms against closed forms on linear-Gaussian models, and TDM on the real networks."""
 
+import gc
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import perturb
 from diffusers import DDIMScheduler
 from torch import nn
 
@@ -13,7 +16,7 @@ from gad.distill import Distillation
 from gad.evaluation.geometry import tangents
 from gad.paradigms import PARADIGMS
 from gad.paradigms.base import Batch, Point
-from gad.paradigms.forms import FORMS, gad_loss
+from gad.paradigms.forms import FORMS, _relations, gad_loss
 from gad.tangents import Tangents
 from gad.training import step_generator, train
 
@@ -112,7 +115,7 @@ def test_robust_map_form_grows_as_a_logarithm(linear):
 def test_step_form_has_each_steps_difference_as_mean_gradient(linear, scheme):
     """A step is x_s = a x_t + b x̂0 with b = α_s − α_t σ_s / σ_t and a = σ_s / σ_t: the teacher's step A asks for
     x̂0 = (A − a) / b, along the teacher's response there."""
-    linear.p.steps, n = 2, linear.n
+    linear.p.steps, linear.p.times, n = 2, Linear().times(2), linear.n
     a, b = 0.5 * linear.random(D, D), linear.random(D, D)
     t = paths(linear.random(n, D), linear.random(n, D), a, b)
     found = gradient(linear.p, t, form="step", pairs=n, scheme=scheme)
@@ -126,6 +129,59 @@ def test_step_form_has_each_steps_difference_as_mean_gradient(linear, scheme):
         u = u / u.square().mean(1, keepdim=True).sqrt()
         expected = expected + (linear.p.student.weight - x0) @ (u.T @ u / n) / D  # 2 / D, each step half of the time
     assert torch.allclose(found, expected, atol=0.06 * expected.abs().max().item())
+
+
+@pytest.fixture
+def one_step(linear):
+    """The linear student at the first of one step, along a teacher's path by the matrix `target`."""
+    linear.p.steps, linear.p.times = 1, Linear().times(2)[[0, 2]]
+    target, n = linear.random(D, D), 12
+    return linear.p, paths(linear.random(n, D), linear.random(n, D), target)
+
+
+def drawn(t, pairs):
+    """What a form draws: (x, u, x0, ju), u of unit RMS."""
+    i = torch.randint(len(t), (pairs,), generator=torch.Generator().manual_seed(0))
+    size = t.v[i].square().mean(1, keepdim=True).sqrt()
+    # One step to clean: x̂0 is the endpoint itself.
+    return t.z[i], t.v[i] / size, t.x0[i], t.jv[i] / size
+
+
+def test_unrelated_form_asks_for_another_samples_response_at_its_own_size(one_step):
+    paradigm, t = one_step
+    _, u, _, ju = drawn(t, 6)
+    other = ju.roll(1, 0) * (ju.norm(dim=1) / ju.roll(1, 0).norm(dim=1))[:, None]
+    expected = (paradigm.student(u) - other).square().mean()
+    assert torch.allclose(term(paradigm, t, form="unrelated", pairs=6, scheme="exact"), expected, rtol=1e-5)
+
+
+def test_augmentation_form_asks_for_the_unmoved_point(one_step):
+    paradigm, t = one_step
+    x, u, x0, _ = drawn(t, 6)
+    expected = (paradigm.student(x + 0.3 * u) - x0).square().mean()
+    assert torch.allclose(term(paradigm, t, form="augmentation", pairs=6, h=0.3), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["rkd", "similarity"])
+def test_relational_forms_ignore_what_keeps_relations(one_step, form):
+    """A student that is the teacher turned by an orthogonal matrix has all its relations (distances, angles, products),
+    though none of its values; another student has not."""
+    paradigm, t = one_step
+    target = torch.linalg.lstsq(t.z, t.x0).solution.T
+    turned = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    other = term(paradigm, t, form=form, pairs=6)
+    with torch.no_grad():
+        paradigm.student.weight.copy_(turned @ target)
+    assert term(paradigm, t, form=form, pairs=6).abs() < 1e-8 < 1e-3 < other
+
+
+def test_distances_and_angles_of_a_right_triangle():
+    y = torch.zeros(3, D, dtype=torch.float64)
+    y[1, 0], y[2, 1] = 3, 4
+    distances, angles = _relations(y)
+    assert torch.allclose(distances, torch.tensor([3, 4, 3, 5, 4, 5], dtype=torch.float64) / 4)
+    assert torch.allclose(angles[0, 1, 2], torch.tensor(0.0, dtype=torch.float64))
+    assert torch.allclose(angles[1, 0, 2], torch.tensor(0.6, dtype=torch.float64))
 
 
 def test_paired_score_form_matches_jacobians_in_the_mean(linear):
@@ -208,19 +264,62 @@ def tdm(backbone, cfg=2.0):
     return PARADIGMS["tdm"](backbone, 4, cfg, P.paradigms["tdm"], P.distill)
 
 
-@pytest.mark.parametrize("form", [None, *FORMS])
-def test_one_step_moves_what_it_should(setting, form):
-    paradigm = tdm(setting.backbone)
+NEED_A_FAKE = ("score", "paired-score", "released")
+CASES = [
+    pytest.param(name, form, marks=[] if form in (None, "step") or name == "tdm" else pytest.mark.slow)
+    for name, paradigm in PARADIGMS.items()
+    for form in (None, *FORMS)
+    if form not in NEED_A_FAKE or paradigm.form == "score"
+]
+
+
+def task_of(name, setting, form):
+    paradigm = PARADIGMS[name](setting.backbone, 4, 2.0, P.paradigms[name], P.distill)
     gad = P.gad.model_copy(update={"form": form, "lam": 1.0, "pairs": 2}) if form else None
+    samples = setting.tangents.z, setting.tangents.x0
+    return Distillation(paradigm, setting.cond, setting.tangents, gad, 2, 0, samples)
+
+
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_one_step_moves_what_it_should(setting, name, form):
+    task = task_of(name, setting, form)
+    paradigm = task.paradigm
+    if name == "swiftbrush":  # its fake begins as the teacher, so its student at rest
+        perturb(torch.nn.ParameterList(paradigm.roles["fake"].params))
     before = {k: v.clone() for k, v in paradigm.teacher.state_dict().items()}
-    losses = Distillation(paradigm, setting.cond, setting.tangents, gad, 2, 0).losses(0, step_generator(0, 0))
+    losses = task.losses(0, step_generator(0, 0))
     assert all(torch.isfinite(v) for v in losses.values()) and ("gad" in losses) == bool(form)
-    for name, role in paradigm.roles.items():
-        losses[name].backward(inputs=role.params)
-        moved = [p for p in role.params if p.grad is not None and p.grad.abs().sum() > 0]
-        assert len(moved) > 0.9 * len(role.params), name
+    for role, trained in paradigm.roles.items():
+        losses[role].backward(inputs=trained.params)
+        moved = [p for p in trained.params if p.grad is not None and p.grad.abs().sum() > 0]
+        assert len(moved) > 0.8 * len(trained.params), role  # the hinge may leave biases alone
     assert all(p.grad is None for p in paradigm.teacher.parameters())
     assert all(torch.equal(before[k], v) for k, v in paradigm.teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("name", PARADIGMS)
+def test_steps_leave_no_memory_behind(mini, name, prompts):
+    backbone = mini("sana")
+    cond = backbone.encode(prompts)
+    z, v = backbone.noise(2, 0), backbone.noise(2, 1)
+    task = task_of(name, SimpleNamespace(
+        backbone=backbone, cond=cond, tangents=Tangents(*found(backbone, z, v, cond, 2.0), cond)
+    ), "step")
+
+    def live(step):
+        losses = task.losses(step, step_generator(0, step))
+        for role, trained in task.roles.items():
+            if role in losses:
+                losses[role].backward(inputs=trained.params)
+        del losses
+        task.paradigm.point = None
+        gc.collect()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lazy modules dislike being asked
+            return sum(o.numel() for o in gc.get_objects() if isinstance(o, torch.Tensor))
+
+    first = live(0)
+    assert live(5) <= first and live(10) <= first
 
 
 def test_student_rests_where_fake_and_real_agree(setting):

@@ -30,9 +30,10 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("backbones.sana.cfg", 0.5, "backbones.sana.cfg=0.5"),
         ("backbones.sana.family", "dalle", "backbones.*.family: 'dalle' is not in gad/backbones"),
         ("teacher.steps", 1.5, "teacher.steps=1.5"),
-        ("teacher.refine.steps", 0, "teacher.refine.steps=0"),
+        ("teacher.refine", [{"steps": 0}], "teacher.refine.0.steps=0"),
+        ("teacher.refine", [{"stepz": 9}], "teacher.refine.0.stepz=9"),
         ("backbones.sana.pretrain", {"stepz": 9}, "backbones.sana.pretrain.stepz=9: extra inputs are not permitted"),
-        ("backbones.sana.pretrain", {"refine": {"lr": -1.0}}, "backbones.sana.pretrain.refine.lr=-1.0: input"),
+        ("backbones.sana.pretrain", {"refine": [{"lr": -1.0}]}, "backbones.sana.pretrain.refine.0.lr=-1.0: input"),
         ("seeds.distill", [], "seeds.distill=[]"),
         ("distill.precision", "int8", "distill.precision='int8'"),
     ],
@@ -96,9 +97,9 @@ def test_command_line_mistakes_are_one_line(arguments, said):
 
 def test_a_backbones_pretraining_lies_over_the_general_one(tmp_path):
     data = yaml.safe_load((ROOT / "params.yaml").read_text())
-    data["teacher"] |= {"steps": 10, "lr": 0.1}
-    data["teacher"]["refine"] |= {"steps": 20, "muon": 0.3}
-    data["backbones"]["sana"]["pretrain"] = {"steps": 11, "refine": {"steps": 21}}
+    data["teacher"] |= {"steps": 10, "lr": 0.1, "muon": 0.3}
+    data["backbones"]["sana"]["pretrain"] = {"steps": 11, "refine": [{"steps": 21}, {"steps": 22, "focus": 0.5}]}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(data))
     found = params.load(tmp_path / "params.yaml").teacher_of("sana")
-    assert (found.steps, found.lr, found.refine.steps, found.refine.muon) == (11, 0.1, 21, 0.3)
+    assert (found.steps, found.lr, found.refine[0].steps, found.refine[0].muon) == (11, 0.1, 21, 0.3)
+    assert [c.focus for c in found.refine] == [0, 0.5]

@@ -1,4 +1,4 @@
-"""What a paradigm is."""
+"""What a paradigm is, and what several of them share."""
 
 import copy
 from collections.abc import Callable
@@ -6,24 +6,33 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..backbones import Backbone, Condition
 from ..training import Role
 
+TAU = (0.02, 0.98)  # levels at which scores are compared: DMD's, SwiftBrush's and SiD's
+
 
 @dataclass(frozen=True)
 class Batch:
-    """`z` (B, C, H, W): initial noises. `cond`: their prompts. `generator`: all further randomness."""
+    """`z` (B, C, H, W): initial noises. `cond`: their prompts. `generator`: all further randomness. `x0`: where the
+    teacher's sampler takes each `z`, for a paradigm that is `paired`."""
 
     z: Tensor
     cond: Condition
     generator: torch.Generator
+    x0: Tensor | None = None
 
     def uniform(self, n: int) -> Tensor:
         return torch.rand(n, generator=self.generator, device=self.z.device, dtype=torch.float64)
 
     def noise(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.generator, device=like.device)
+
+    def level(self, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """A time for each sample, uniform."""
+        return low + (high - low) * self.uniform(len(self.z))
 
 
 @dataclass(frozen=True)
@@ -46,15 +55,27 @@ class Point:
 class Paradigm:
     """A few-step distillation method on one backbone.
 
-    `roles` are the modules it trains; "student" is always there. `form` is the paper's form of GAD for it.
+    `roles` are the modules it trains; "student" is always there. `form` is the paper's form of GAD for it. One that is
+    `paired` learns from samples of the teacher. All students are sampled alike, by DDIM (Euler for a flow) at `times`,
+    so that an image is a function of `z`; a method trains one of those steps at a time, at the student's own states.
     """
 
     form = "map"
+    paired = False
+    settings: tuple[str, ...]  # its keys in params.yaml, all of them needed
 
     def __init__(self, backbone: Backbone, steps: int, cfg: float, p: dict, distill):
+        name = type(self).__name__.lower()
+        for key in {*p, *self.settings}:
+            if key not in p:
+                raise ValueError(f"paradigms.{name}.{key} is missing: add it")
+            if key not in self.settings:
+                known = ", ".join(self.settings)
+                raise ValueError(f"paradigms.{name}.{key}={p[key]!r} is not a key of this paradigm: it has {known}")
         self.backbone, self.steps, self.cfg, self.p = backbone, steps, cfg, p
         self.teacher = backbone.network
         self.student = self.copy_of_teacher()
+        self.times = backbone.times(steps)
         self.roles: dict[str, Role] = {}
         self.point: Point | None = None
 
@@ -64,6 +85,110 @@ class Paradigm:
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Scalar losses by role, and scalars to log. Leaves `point` where it has a fake."""
         raise NotImplementedError
+
+    def start(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of the student's sampler for each sample: its own state `x` there, from time `t` to `s`, (B,)."""
+        k = (batch.uniform(len(batch.z)) * self.steps).long()
+        times = self.times.to(batch.z.device)
+        return self._states(batch, k), times[k], times[k + 1]
+
+    @torch.no_grad()
+    def _states(self, batch, k):
+        """The student's own state at time t_k of each sample; only the samples still on their way are run."""
+        x, times = batch.z.clone(), self.times.to(batch.z.device)
+        for j in range(int(k.max())):
+            i = (k > j).nonzero().flatten()
+            t = times[j].expand(len(i))
+            x[i] = self.backbone.step(self.student, x[i], t, times[j + 1].expand(len(i)), batch.cond[i])
+        return x
+
+    def diffused(self, batch: Batch, tau: Tensor) -> Point:
+        """The student's x̂0 at one of its steps, diffused to the times `tau` by new noise."""
+        x, t, _ = self.start(batch)
+        noise = batch.noise(x)
+
+        def renoise(y, x_hat=None):
+            x_hat = self.backbone.x0(self.student, y, t, batch.cond) if x_hat is None else x_hat
+            return self.backbone.add_noise(x_hat, noise, tau)
+
+        x_hat = self.backbone.x0(self.student, x, t, batch.cond)
+        return Point(x, t, x_hat, renoise(x, x_hat), tau, batch.cond, renoise)
+
+    def denoising(self, fake, x_hat: Tensor, tau: Tensor, batch: Batch, cond=None, cfg: float = 1.0) -> Tensor:
+        """Squared error (B,) of a fake's raw output, in the network's own prediction, on the student's samples."""
+        noise = batch.noise(x_hat)
+        cond = batch.cond if cond is None else cond
+        out = self.backbone.output(fake, self.backbone.add_noise(x_hat, noise, tau), tau, cond, cfg)
+        return (out.float() - self.backbone.levels.target(x_hat, noise, tau)).square().flatten(1).mean(1)
+
+
+class Heads(nn.Module):
+    """A discriminator on features: a small network for each block it reads, a logit for each of its places."""
+
+    def __init__(self, features: list[Tensor], width: int = 64):
+        super().__init__()
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(n), nn.Linear(n, width), nn.SiLU(), nn.Linear(width, 1))
+            for n in (_tokens(f).shape[2] for f in features)
+        )
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Logits (B, all places)."""
+        found = [head(_tokens(f).float())[..., 0] for head, f in zip(self.heads, features, strict=True)]
+        return torch.cat(found, 1)
+
+
+def _tokens(f: Tensor) -> Tensor:
+    return f.flatten(2).mT if f.ndim == 4 else f
+
+
+class Adversarial(Paradigm):
+    """A paradigm with a discriminator: heads on features of the frozen teacher, which know noise level and prompt."""
+
+    paired = True
+
+    def __init__(self, backbone, steps, cfg, p, distill):
+        super().__init__(backbone, steps, cfg, p, distill)
+        with torch.no_grad():
+            z = backbone.noise(1, 0)
+            features = backbone.features(self.teacher, z, z.new_ones(1), backbone.null)
+        heads = Role(Heads(features), p["disc_lr"], (0.0, 0.99), 0.0, distill.clip)
+        student = Role(self.student, p["lr"], (0.9, 0.95), 0.01, distill.clip, distill.ema)
+        self.roles = {"discriminator": heads, "student": student}
+
+    def features(self, x0: Tensor, batch: Batch, cond=None) -> list[Tensor]:
+        """The teacher's of `x0`, noised anew to times in [0, 0.75)."""
+        t = batch.level(0.0, 0.75)
+        x_t = self.backbone.add_noise(x0, batch.noise(x0), t)
+        return self.backbone.features(self.teacher, x_t, t, batch.cond if cond is None else cond)
+
+    def logits(self, features: list[Tensor]) -> Tensor:
+        return self.roles["discriminator"].module(features)
+
+    def penalty(self, features: list[Tensor]) -> Tensor:
+        """R1: squared gradient of the logits with respect to the features of real samples, mean per sample."""
+        features = [f.detach().requires_grad_(True) for f in features]
+        gradients = torch.autograd.grad(self.logits(features).mean(1).sum(), features, create_graph=True)
+        return sum(g.square().flatten(1).sum(1).mean() for g in gradients)
+
+
+def guess_gradient(fake: Tensor, real: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+    """DMD's gradient in x̂0-predictions, `(fake − real) / mean|x̂ − real|` per sample, and that mean (B,)."""
+    scale = (x_hat - real).abs().flatten(1).mean(1).clamp(min=1e-5)
+    return (fake - real) / scale.view(-1, *[1] * (real.ndim - 1)), scale
+
+
+def toward(x_hat: Tensor, gradient: Tensor) -> Tensor:
+    """A loss (B,) whose gradient in `x_hat` is `gradient` over the number of elements."""
+    return 0.5 * (x_hat - (x_hat - gradient).detach()).square().flatten(1).mean(1)
+
+
+def dropped(backbone: Backbone, cond: Condition, mask: Tensor) -> Condition:
+    """`cond` with the empty prompt where `mask` (B,) is true."""
+    null = backbone.null
+    short = cond.embeds.shape[1] - null.embeds.shape[1]
+    embeds, kept = F.pad(null.embeds, (0, 0, 0, short)), F.pad(null.mask, (0, short))
+    return Condition(torch.where(mask[:, None, None], embeds, cond.embeds), torch.where(mask[:, None], kept, cond.mask))
 
 
 def pseudo_huber(error: Tensor, c: float) -> Tensor:

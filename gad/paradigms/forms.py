@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import geometry
 from ..diffusion import t_like
@@ -22,10 +23,15 @@ def gad_loss(paradigm: Paradigm, tangents: Tangents, gad, step: int, generator) 
     mean over `v` is zero, O(h) with forward differences: kept to measure.
     `paired-score`: the same through the student's own response, whose mean is `⟨J_fake − J_real, ∂_θ J_S⟩_F`.
     `released`: what the published script computes.
+
+    Controls, at the same latents as `step`, which must do worse if the teacher's tangents are what helps:
+    `unrelated`: its response to another sample's direction, turned to this one's size.
+    `augmentation`: no tangents; the student moved by `h u` must give what the teacher gives unmoved.
+    `rkd` (Park et al. 2019) and `similarity` (Tung & Mori 2019): relations between the samples of a draw.
     """
     if gad.lam == 0 or step % gad.every:
         return None
-    if gad.form not in ("map", "step") and paradigm.point is None:
+    if gad.form in ("score", "paired-score", "released") and paradigm.point is None:
         raise ValueError(f"gad.form={gad.form!r} needs a paradigm with a fake score: use 'map' or 'step'")
     form = FORMS[gad.form]
     loss = sum(form(paradigm, tangents, gad, generator) for _ in range(gad.directions)) / gad.directions
@@ -42,16 +48,56 @@ def _map(paradigm, tangents, gad, generator):
 
 
 def _step(paradigm, tangents, gad, generator):
+    student, x, u, x0, ju, _ = _along_the_path(paradigm, tangents, gad, generator)
+    return _output_loss(student, x, u, x0, ju, gad)
+
+
+def _along_the_path(paradigm, tangents, gad, generator):
+    """(student's x̂0 as a map, x, u, x0, ju, t) at random times of the student along random paths of the teacher."""
     backbone = paradigm.backbone
     n, k = (torch.randint(top, (gad.pairs,), generator=generator, device=generator.device)
             for top in (len(tangents), paradigm.steps))
-    t, s = (backbone.times(paradigm.steps).to(k.device)[j] for j in (k, k + 1))
+    t, s = (paradigm.times.to(k.device)[j] for j in (k, k + 1))
     # x̂0 that takes the teacher's path, and its response, to the next of the student's times in one move.
     (x, x0), (u, ju) = ((a[n, k], backbone.levels.ends(a[n, k], t, a[n, k + 1], s)[0])
                         for a in (tangents.states, tangents.responses))
     size = u.flatten(1).square().mean(1).sqrt()  # so that h is per element here too
     u, ju = u / t_like(size, u), ju / t_like(size, u)
-    return _output_loss(lambda y: backbone.x0(paradigm.student, y, t, tangents.cond[n]), x, u, x0, ju, gad)
+    return lambda y: backbone.x0(paradigm.student, y, t, tangents.cond[n]), x, u, x0, ju, t
+
+
+def _unrelated(paradigm, tangents, gad, generator):
+    student, x, u, x0, ju, _ = _along_the_path(paradigm, tangents, gad, generator)
+    other = ju.roll(1, 0)
+    own, its = (a.flatten(1).norm(dim=1) for a in (ju, other))
+    return _output_loss(student, x, u, x0, other * t_like(own / its, other), gad)
+
+
+def _augmentation(paradigm, tangents, gad, generator):
+    student, x, u, x0, _, _ = _along_the_path(paradigm, tangents, gad, generator)
+    error = (student(x + gad.h * u) - x0).flatten(1).square().mean(1)
+    return error / x0.flatten(1).square().mean(1) if gad.normalise else error
+
+
+def _rkd(paradigm, tangents, gad, generator):
+    """Distances in units of their mean, and angles of triples, by smooth L1, weighed 1 to 2 as by the authors."""
+    student, x, _, x0, _, _ = _along_the_path(paradigm, tangents, gad, generator)
+    (d, a), (d0, a0) = (_relations(y) for y in (student(x), x0))
+    return F.smooth_l1_loss(d, d0) + 2 * F.smooth_l1_loss(a, a0)
+
+
+def _relations(y):
+    away = y.flatten(1)[None] - y.flatten(1)[:, None]
+    distance = away.square().sum(-1).clamp(min=1e-12).sqrt()
+    unit = away / distance[..., None]
+    off = ~torch.eye(len(y), dtype=torch.bool, device=y.device)
+    return distance[off] / distance[off].mean(), unit @ unit.mT
+
+
+def _similarity(paradigm, tangents, gad, generator):
+    student, x, _, x0, _, _ = _along_the_path(paradigm, tangents, gad, generator)
+    own, its = (F.normalize(y.flatten(1) @ y.flatten(1).T, dim=1) for y in (student(x), x0))
+    return (own - its).square().mean()
 
 
 def _output_loss(student, x, v, y, jv, gad):
@@ -111,4 +157,7 @@ def _released(paradigm, tangents, gad, generator):
     return (pseudo_huber(d_student - target, 1e-3) / t_like(norm, x)).flatten(1).mean(1)
 
 
-FORMS = {"map": _map, "step": _step, "score": _score, "paired-score": _paired_score, "released": _released}
+FORMS = {
+    "map": _map, "step": _step, "score": _score, "paired-score": _paired_score, "released": _released,
+    "unrelated": _unrelated, "augmentation": _augmentation, "rkd": _rkd, "similarity": _similarity,
+}

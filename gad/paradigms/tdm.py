@@ -22,6 +22,7 @@ T_MIN, MARGIN = 0.02, 0.01  # τ keeps off clean and off t_k
 
 class TDM(Paradigm):
     form = "score"
+    settings = ("lr", "fake_lr", "beta1", "huber")
 
     def __init__(self, backbone, steps, cfg, p, distill):
         super().__init__(backbone, steps, cfg, p, distill)
@@ -29,15 +30,11 @@ class TDM(Paradigm):
         fake = Role(self.copy_of_teacher(), p["fake_lr"], betas, 0.01, distill.clip)
         student = Role(self.student, p["lr"], betas, 0.01, distill.clip, distill.ema)
         self.roles = {"fake": fake, "student": student}
-        self.times = backbone.times(steps)
 
     def losses(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         backbone, levels, n = self.backbone, self.backbone.levels, len(batch.z)
         fake = self.roles["fake"].module
-        k = (batch.uniform(n) * self.steps).long()
-        x = self._states(batch, k)
-        times = self.times.to(x.device)
-        t, s = times[k], times[k + 1]
+        x, t, s = self.start(batch)
         low = s.clamp(min=T_MIN)
         tau = low + (t - MARGIN - low).clamp(min=0) * batch.uniform(n)
         noise = batch.noise(x)
@@ -60,16 +57,6 @@ class TDM(Paradigm):
         target = (x_hat + real - guess).detach()
         loss = (pseudo_huber(x_hat - target, self.p["huber"]) / t_like(scale, x)).mean()
         return {"fake": fake_loss, "student": loss, "gap": scale.mean()}
-
-    @torch.no_grad()
-    def _states(self, batch, k):
-        """The student's own state at time t_k of each sample; only the samples still on their way are run."""
-        x, times = batch.z.clone(), self.times.to(batch.z.device)
-        for j in range(int(k.max())):
-            i = (k > j).nonzero().flatten()
-            t = times[j].expand(len(i))
-            x[i] = self.backbone.step(self.student, x[i], t, times[j + 1].expand(len(i)), batch.cond[i])
-        return x
 
     def _diffuse(self, x, s, tau, noise):
         """From time `s` (below 0: clean) forward to `tau`."""

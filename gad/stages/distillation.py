@@ -1,31 +1,92 @@
-"""A student from a teacher."""
+"""A student from a teacher; and trials, by which the paradigms' settings were chosen."""
 
 import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 
 from .. import distill as students
 from .. import paths
 from ..backbones import load
+from ..evaluation.geometry import bootstrap, compare, endpoint, tangents
 from ..params import Params, Run
 from ..tangents import Tangents
 from ..world import scenes
+from ..world import teacher as teachers
+from ..world.detector import judge
 from .common import prepare, write_csv
 
 
 def distill(run: Run, p: Params) -> dict:
     """Train student `run`; its folder, log and probes."""
+    log, probes, _ = _student(run, p, paths.student(run), paths.resume(str(run)))
+    for path, frame in ((paths.log(run), log), (paths.probe(run), probes)):
+        write_csv(path, frame)
+    shutil.rmtree(paths.resume(str(run)))
+    return probes.iloc[-1].to_dict()
+
+
+def _student(run, p, folder, work):
     accelerator = prepare(p, p.distill.precision)
     backbone = load(run.backbone, p).to(accelerator.device)
-    folder = paths.endpoints(run.backbone)
-    train, test = (Tangents.load(folder / f"{k}.safetensors", backbone) for k in ("train", "probe"))
+    endpoints = paths.endpoints(run.backbone)
+    train, test = (Tangents.load(endpoints / f"{k}.safetensors", backbone) for k in ("train", "probe"))
     config = {
         "run": list(run), "distill": p.distill.model_dump(), "paradigm": p.paradigms[run.paradigm],
         "backbone": p.backbones[run.backbone].model_dump(), "teacher": train.x0.double().sum().item(),
         "gad": p.gad.model_dump() if run.variant == "gad" else None,
     }
     prompts = scenes.sample(p.distill.prompts, p.seeds.world, "train").captions()
-    places = paths.student(run), paths.resume(str(run))
-    log, probes = students.distill(run, p, backbone, prompts, train, test, *places, accelerator, config)
-    for path, frame in ((paths.log(run), log), (paths.probe(run), probes)):
-        write_csv(path, frame)
-    shutil.rmtree(paths.resume(str(run)))
-    return probes.iloc[-1].to_dict()
+    return *students.distill(run, p, backbone, prompts, train, test, folder, work, accelerator, config), backbone
+
+
+TRIAL = 20  # added to the world's seed: trials see neither the prompts nor the noises of the tables
+
+
+def trial(run: Run, p: Params, settings: dict, prompts: int = 128, noises: int = 48) -> dict:
+    """Train student `run` and throw it away, keeping a row in reports/tuning.csv: `settings` (what differs from
+    params.yaml), scene accuracy of student and teacher on `prompts` prompts, JVP cosine at `noises` noises."""
+    which, seed = p.backbones[run.backbone], p.seeds.world + TRIAL
+    work = paths.resume(f"trial-{run}")
+    began = time.monotonic()
+    log, _, backbone = _student(run, p, work / "student", work)
+    seconds = time.monotonic() - began
+    student = load(work / "student").to(backbone.device).network
+    world = scenes.sample(prompts, seed, "test")
+    objects = [world.objects(i) for i in range(prompts)]
+    row = {
+        "backbone": run.backbone, "paradigm": run.paradigm, "variant": run.variant, "seed": run.seed,
+        "settings": " ".join(f"{k}={v}" for k, v in sorted(settings.items())), "steps": p.distill.steps,
+    }
+    for name, network, steps, cfg in (
+        ("scene", student, which.student_steps, 1.0), ("teacher", backbone.network, which.teacher_steps, which.cfg)
+    ):
+        right = judge(teachers.generate(backbone, network, world.captions(), steps, cfg, seed), objects)["scene"]
+        row |= _interval(name, right.astype(float), p)
+    z, v, cond = Tangents.inputs(backbone, world.captions()[:noises], (seed, seed + 1))
+    (_, own), (_, its) = (
+        tangents(lambda c, m=m: endpoint(backbone, m[0], c, m[1], m[2]), z, v, cond, p.evaluation.batch, str(run))
+        for m in ((student, which.student_steps, 1.0), (backbone.network, which.teacher_steps, which.cfg))
+    )
+    row |= _interval("cos", compare(own, its)["cos"].numpy(), p)
+    row |= {"gap": log["gap"].iloc[-1] if "gap" in log else np.nan, "seconds": round(seconds)}
+    shutil.rmtree(work)
+    _append(paths.REPORTS / "tuning.csv", row)
+    return row
+
+
+def _interval(name, x, p) -> dict:
+    value, low, high = bootstrap(lambda i: x[i].mean(), np.arange(len(x)), p.report.bootstrap)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
+def _append(path: Path, row: dict):
+    """One more row; of equal trials the newest stays."""
+    known = [pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={"settings": str})] if path.exists() else []
+    frame = pd.concat([*known, pd.DataFrame([row])], ignore_index=True)
+    frame["settings"] = frame["settings"].fillna("")
+    keys = ["backbone", "paradigm", "variant", "seed", "settings", "steps"]
+    frame = frame.drop_duplicates(keys, keep="last").sort_values(keys, kind="stable")
+    write_csv(path, frame)

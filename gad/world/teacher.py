@@ -19,7 +19,8 @@ class TeacherTask:
 
     ε-prediction: uniform t; v-prediction's weight truncated at γ = 5 (Hang et al. 2023), `min(SNR + 1, 5)` on x̂0,
     capped where SNR < 0.01. Layouts are decided at high noise, to which min-SNR's own weight gives little: there
-    x̂0 is ε̂'s error times `1/α`, up to 157. Flow: t shifted as the sampler's.
+    x̂0 is ε̂'s error times `1/α`, up to 157. Flow: t shifted as the sampler's. A share `focus` of the levels is drawn
+    where the world's layouts and shapes are decided instead: log SNR normal about −3.
     """
 
     def __init__(self, backbone, latents, captions, p):
@@ -35,6 +36,7 @@ class TeacherTask:
         number = {c: i for i, c in enumerate(self.unique)}
         self.caption = torch.tensor([number[c] for c in captions])
         self.network = torch.compile(network) if p["compile"] else network
+        self.focus, self.quantiles = p["focus"], _quantiles(backbone.levels, -3.0, 1.5)
 
     @cached_property
     def latents(self):
@@ -47,12 +49,17 @@ class TeacherTask:
         i = torch.randint(len(self.latents), (n,), generator=generator, device=device)
         x0 = self.latents[i.to(self.latents.device)].to(device)
         eps = torch.randn(x0.shape, generator=generator, device=device)
-        t = (torch.arange(n, device=device) + torch.rand(n, generator=generator, device=device)) / n  # stratified
+        focused = round(self.focus * n)
+        t = _stratified(n - focused, generator)
         dropped = torch.rand(n, generator=generator, device=device) < self.drop
         levels = self.backbone.levels
         if levels.flow:
             shift = self.backbone.pipeline.scheduler.config.shift
             t = shift * t / (1 + (shift - 1) * t)
+        if focused:
+            at = _stratified(focused, generator) * (len(self.quantiles) - 1)
+            t = torch.cat([t, self.quantiles.to(device)[at.round().long()]])
+        if levels.flow:
             weight = torch.ones_like(t)
         else:
             t = (t * levels.train_steps).floor() / (levels.train_steps - 1)
@@ -67,11 +74,23 @@ class TeacherTask:
         return {"teacher": (t_like(weight, error) * error).mean(), "mse": error.mean().detach()}
 
 
+def _stratified(n, generator):
+    return (torch.arange(n, device=generator.device) + torch.rand(n, generator=generator, device=generator.device)) / n
+
+
+def _quantiles(levels, mean: float, std: float, n: int = 1000) -> torch.Tensor:
+    """(n,) times at which log SNR has the quantiles of a normal, as far as the schedule reaches."""
+    t = torch.linspace(0, 1, 4 * n + 1)[1:-1]
+    alpha, sigma = levels.alpha_sigma(t)
+    cdf = torch.special.ndtr((mean - 2 * (alpha / sigma).log()) / std)  # rises with t
+    wanted = torch.lerp(cdf[0], cdf[-1], (torch.arange(n) + 0.5) / n)
+    return t[torch.searchsorted(cdf, wanted).clamp(max=len(t) - 1)]
+
+
 def pretrain(name: str, vae, folder: Path, work: Path, p: dict, seed: int, accelerators=None):
     """Train the miniature teacher of backbone `name` and save it to `folder` as a pipeline.
 
-    Two cosine cycles (Loshchilov & Hutter 2017): the second, `p["refine"]`, sets out from the first's average
-    and draws the same scenes and noises again.
+    Cosine cycles (Loshchilov & Hutter 2017): each of `p["refine"]` sets out from the average of the one before.
     `accelerators`: makes the accelerator of a precision ("no", "bf16", "fp16").
     """
     torch.manual_seed(seed)
@@ -83,10 +102,11 @@ def pretrain(name: str, vae, folder: Path, work: Path, p: dict, seed: int, accel
             return torch.cat([backbone.encode_images(world[i:i + 256].render()) for i in range(0, n, 256)])[:n]
 
     identity = {"teacher": name, "latents": latents(min(256, p["scenes"])).double().sum().item(), **p}
-    for cycle, settings in (("first", p), ("refine", {**p, **p["refine"]})):
+    for cycle, settings in enumerate([p, *({**p, **own} for own in p["refine"])]):
         task = TeacherTask(backbone, lambda: latents(p["scenes"]), world.captions(), settings)
         train(
-            task, work / f"{work.name}-{cycle}", settings["steps"], seed, identity, settings["warmup"],
+            task, work / f"{work.name}-{cycle + 1}", settings["steps"], seed + settings["seed"], identity,
+            settings["warmup"],
             accelerator=accelerators(settings["precision"]) if accelerators else None,
         )
         role = task.roles["teacher"]
