@@ -44,7 +44,8 @@ def read(path: Path) -> dict:
 
 
 def label(run: Run) -> str:
-    return run.paradigm.upper() + (" + GAD" if run.variant == "gad" else "")
+    name = {"sid": "SiD", "swiftbrush": "SwiftBrush"}.get(run.paradigm, run.paradigm.upper())
+    return name + (" + GAD" if run.variant == "gad" else "")
 
 
 def _prompts(points: int, noises: int, seeds: int) -> np.ndarray:

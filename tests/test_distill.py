@@ -98,3 +98,17 @@ def test_divergence_stops_with_one_line_and_keeps_the_checkpoint(place):
     assert process.returncode == 1 and "loss is nan" in error and "Traceback" not in error
     assert (place / "data/.resume/sana-tdm-base-0/state.safetensors").exists()
     assert not (place / "data/students/sana-tdm-base-0").exists()
+
+
+@pytest.mark.slow
+def test_trials_keep_a_row_each_and_no_student(place):
+    trial = ("--set", "distill.steps=2", "trial", "sana", "ladd", "base")
+    first = json.loads(done(place, *trial))
+    assert first["scene_low"] <= first["scene"] <= first["scene_high"] and abs(first["cos"]) <= 1
+    done(place, *trial)  # again: the same row
+    done(place, "--set", "paradigms.ladd.recon=0.5", *trial)
+    rows = (place / "reports/tuning.csv").read_text().splitlines()
+    assert len(rows) == 3 and "paradigms.ladd.recon=0.5" in rows[2]
+    assert (place / "reports/tuning.md").read_text().count("| ladd ") == 2
+    assert not (place / "data/students/sana-ladd-base-0").exists()
+    assert not (place / "data/.resume/trial-sana-ladd-base-0").exists()

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gad import params
+from gad.stages.common import prepare
 from gad.training import DivergedError, Role, learning_rate, step_generator, train
 
 
@@ -191,3 +193,11 @@ def test_learning_rate():
     assert factors[10] == pytest.approx(1) and factors[100] == pytest.approx(0.05)
     assert all(a > b for a, b in pairwise(factors[10:]))
     assert learning_rate(0, 5, 0) == 1 and 0 < learning_rate(4, 5, 50) < 1
+
+
+@pytest.mark.parametrize(("able", "expected"), [({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "no")])
+def test_bf16_gives_way_on_a_cpu_without_it(monkeypatch, capsys, able, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert prepare(params.load(), "bf16").mixed_precision == expected
+    assert ("going on in fp32" in capsys.readouterr().err) == (expected == "no")

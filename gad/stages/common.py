@@ -1,6 +1,7 @@
 """What every stage does first and last."""
 
 import json
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -12,8 +13,14 @@ from ..params import Params
 
 
 def prepare(p: Params, precision: str = "no") -> Accelerator:
-    """Threads, determinism and the accelerator of a stage."""
+    """Threads, determinism and the accelerator of a stage. A CPU without bf16 arithmetic takes fp32 in its place:
+    emulated it is many times slower."""
     torch.set_num_threads(p.threads)
+    if precision == "bf16" and not torch.cuda.is_available():
+        able = torch.cpu.get_capabilities()
+        if not any(able.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")):
+            print("this CPU has no bf16 arithmetic: going on in fp32", file=sys.stderr, flush=True)
+            precision = "no"
     AcceleratorState._reset_state()  # several stages may share one notebook or session
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
 

@@ -42,6 +42,13 @@ def _student(run, p, folder, work):
     return *students.distill(run, p, backbone, prompts, train, test, folder, work, accelerator, config), backbone
 
 
+NOTE = """# What was tried
+
+Miniature students at other settings than those of `params.yaml`, or of paradigms outside its grid. Each row is made by
+`python -m gad --set KEY=VALUE … trial BACKBONE PARADIGM VARIANT`, on prompts and noises that no table uses, with a 95 %
+bootstrap interval over prompts. One seed a row.
+
+"""
 TRIAL = 20  # added to the world's seed: trials see neither the prompts nor the noises of the tables
 
 
@@ -90,3 +97,8 @@ def _append(path: Path, row: dict):
     keys = ["backbone", "paradigm", "variant", "seed", "settings", "steps"]
     frame = frame.drop_duplicates(keys, keep="last").sort_values(keys, kind="stable")
     write_csv(path, frame)
+    cells = frame[["backbone", "paradigm", "variant", "settings", "steps"]].copy()
+    for key, name in (("scene", "scene accuracy"), ("teacher", "its teacher's"), ("cos", "JVP cos")):
+        values = zip(*(frame[k] for k in (key, f"{key}_low", f"{key}_high")), strict=True)
+        cells[name] = [f"{a:.3g} [{b:.3g}, {c:.3g}]" for a, b, c in values]
+    path.with_suffix(".md").write_text(NOTE + cells.to_markdown(index=False) + "\n")
