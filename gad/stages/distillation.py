@@ -78,7 +78,7 @@ def trial(run: Run, p: Params, settings: dict, prompts: int = 128, noises: int =
         for m in ((student, which.student_steps, 1.0), (backbone.network, which.teacher_steps, which.cfg))
     )
     row |= _interval("cos", compare(own, its)["cos"].numpy(), p)
-    row |= {"gap": log["gap"].iloc[-1] if "gap" in log else np.nan, "seconds": round(seconds)}
+    row |= {"gap": log["gap"].dropna().iloc[-1] if "gap" in log else np.nan, "seconds": round(seconds)}
     shutil.rmtree(work)
     _append(paths.REPORTS / "tuning.csv", row)
     return row
