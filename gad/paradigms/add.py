@@ -23,8 +23,8 @@ class ADD(Adversarial):
         backbone = self.backbone
         k = (batch.uniform(len(batch.z)) * self.steps).long()
         t = self.times.to(k.device)[k]
-        noised = backbone.add_noise(batch.x0, batch.z.roll(1, 0), t)  # another's noise
-        x = torch.where(t_like(k, noised) == 0, batch.z.roll(1, 0), noised)
+        z = batch.z.roll(1, 0)  # another's noise
+        x = torch.where(t_like(k, z) == 0, z, backbone.add_noise(batch.x0, z, t))
         x_hat = backbone.x0(self.student, x, t, batch.cond)
         fooled = -self.logits(self.features(x_hat, batch)).mean()
         tau = batch.level()
@@ -35,10 +35,8 @@ class ADD(Adversarial):
         alpha, _ = backbone.levels.alpha_sigma(tau)
         distilled = (alpha * (self._pixels(x_hat) - taught).square().flatten(1).mean(1)).mean()
         loss = F.relu(1 - self.logits(real)).mean() + F.relu(1 + self.logits(fake)).mean()
-        if self.p["r1"]:
-            loss = loss + self.p["r1"] * self.penalty(real)
         return {
-            "discriminator": loss,
+            "discriminator": self.regularised(loss, real),
             "student": fooled + self.p["distill"] * distilled,
             "fooled": fooled.detach(),
             "distilled": distilled.detach(),

@@ -79,6 +79,15 @@ class Paradigm:
         self.roles: dict[str, Role] = {}
         self.point: Point | None = None
 
+    def with_fake(self, distill, beta2: float, decay: float, fake: nn.Module | None = None) -> dict[str, Role]:
+        """The roles of a score-based method: a fake, of its own learning rate, and the student."""
+        betas = self.p["beta1"], beta2
+        fake = self.copy_of_teacher() if fake is None else fake
+        return {
+            "fake": Role(fake, self.p["fake_lr"], betas, decay, distill.clip),
+            "student": Role(self.student, self.p["lr"], betas, decay, distill.clip, distill.ema),
+        }
+
     def copy_of_teacher(self) -> nn.Module:
         return copy.deepcopy(self.teacher).requires_grad_(True)
 
@@ -164,6 +173,10 @@ class Adversarial(Paradigm):
 
     def logits(self, features: list[Tensor]) -> Tensor:
         return self.roles["discriminator"].module(features)
+
+    def regularised(self, loss: Tensor, real: list[Tensor]) -> Tensor:
+        """A discriminator's `loss` with its share of R1."""
+        return loss + self.p["r1"] * self.penalty(real) if self.p["r1"] else loss
 
     def penalty(self, features: list[Tensor]) -> Tensor:
         """R1: squared gradient of the logits with respect to the features of real samples, mean per sample."""

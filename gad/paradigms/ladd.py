@@ -29,10 +29,8 @@ class LADD(Adversarial):
             real = self.features(batch.x0, batch)
             fakes = [self.features(x_hat.detach(), batch), self.features(batch.x0, batch, batch.cond[other])]
         loss = F.softplus(-self.logits(real)).mean() + sum(F.softplus(self.logits(f)).mean() for f in fakes)
-        if self.p["r1"]:
-            loss = loss + self.p["r1"] * self.penalty(real)
         return {
-            "discriminator": loss,
+            "discriminator": self.regularised(loss, real),
             "student": fooled + self.p["recon"] * paired,
             "fooled": fooled.detach(),
             "paired": paired.detach(),

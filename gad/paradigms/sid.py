@@ -13,7 +13,6 @@ import math
 
 import torch
 
-from ..training import Role
 from .base import TAU, Batch, Paradigm, dropped
 
 
@@ -23,11 +22,7 @@ class SiD(Paradigm):
 
     def __init__(self, backbone, steps, cfg, p, distill):
         super().__init__(backbone, steps, cfg, p, distill)
-        betas = (p["beta1"], 0.999)
-        self.roles = {
-            "fake": Role(self.copy_of_teacher(), p["fake_lr"], betas, 0.0, distill.clip),
-            "student": Role(self.student, p["lr"], betas, 0.0, distill.clip, distill.ema),
-        }
+        self.roles = self.with_fake(distill, 0.999, 0.0)
 
     def losses(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         backbone, fake = self.backbone, self.roles["fake"].module

@@ -11,7 +11,6 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from ..diffusion import t_like
-from ..training import Role
 from .base import TAU, Batch, Paradigm, dropped, toward
 
 
@@ -21,14 +20,10 @@ class SwiftBrush(Paradigm):
 
     def __init__(self, backbone, steps, cfg, p, distill):
         super().__init__(backbone, steps, cfg, p, distill)
-        betas = (p["beta1"], 0.999)
         fake = self.copy_of_teacher().requires_grad_(False)
         lora = LoraConfig(r=int(p["rank"]), lora_alpha=p["alpha"], target_modules=["to_q", "to_v"])
         inject_adapter_in_model(lora, fake)  # trains what it adds and nothing else
-        self.roles = {
-            "fake": Role(fake, p["fake_lr"], betas, 0.0, distill.clip),
-            "student": Role(self.student, p["lr"], betas, 0.0, distill.clip, distill.ema),
-        }
+        self.roles = self.with_fake(distill, 0.999, 0.0, fake)
 
     def losses(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         backbone, fake = self.backbone, self.roles["fake"].module

@@ -14,7 +14,6 @@ which is within a few per cent of one, is left out; one fake step per student st
 import torch
 
 from ..diffusion import t_like
-from ..training import Role
 from .base import Batch, Paradigm, Point, pseudo_huber
 
 T_MIN, MARGIN = 0.02, 0.01  # τ keeps off clean and off t_k
@@ -26,10 +25,7 @@ class TDM(Paradigm):
 
     def __init__(self, backbone, steps, cfg, p, distill):
         super().__init__(backbone, steps, cfg, p, distill)
-        betas = (p["beta1"], 0.95)
-        fake = Role(self.copy_of_teacher(), p["fake_lr"], betas, 0.01, distill.clip)
-        student = Role(self.student, p["lr"], betas, 0.01, distill.clip, distill.ema)
-        self.roles = {"fake": fake, "student": student}
+        self.roles = self.with_fake(distill, 0.95, 0.01)
 
     def losses(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         backbone, levels, n = self.backbone, self.backbone.levels, len(batch.z)
