@@ -5,6 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 FRESH_OPTION = $(if $(FRESH),--fresh $(FRESH))
 STRIP := $(BIN)/nbstripout --extra-keys metadata.language_info
+PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
@@ -28,10 +29,10 @@ reproduce: install ## every table and figure; JOBS=2 stages at a time; FRESH=stu
 	$(BIN)/python -m gad.pipeline reproduce --jobs $(JOBS) $(FRESH_OPTION)
 
 test: install ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: install ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 smoke: install ## the whole graph from nothing at its smallest, in a temporary copy
 	$(BIN)/python -m gad.pipeline smoke --jobs $(JOBS)

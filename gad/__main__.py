@@ -19,10 +19,12 @@ def main(argv: list[str] | None = None) -> int:
         ("evaluate", "measure a student", ("backbone", "paradigm", "variant", "seed")),
         ("trial", "train and measure a student at the --set given; a row of reports/tuning.csv",
          ("backbone", "paradigm", "variant", "seed")),
+        ("cost", "time a step of every paradigm without and with GAD; reports/cost.md", ("backbone", "blocks")),
     ):
         command = commands.add_parser(name, help=text)
         for arg in args:
-            command.add_argument(arg, **({"nargs": "?", "default": 0, "type": int} if arg == "seed" else {}))
+            number = {"seed": 0, "blocks": 8}.get(arg)
+            command.add_argument(arg, **({} if number is None else {"nargs": "?", "default": number, "type": int}))
     args = parser.parse_args(argv)
     import json
 
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         overrides = {k: yaml.safe_load(v) for k, v in overrides.items()}
         p = load(**({"path": args.params} if args.params else {}), **overrides)
         known = {
-            "kind": p.autoencoder, "backbone": p.backbones, "paradigm": p.paradigms, "variant": ("base", "gad")
+            "kind": p.autoencoder, "backbone": p.backbones, "paradigm": p.paradigms, "variant": p.variants
         }
         for name, choices in known.items():
             if getattr(args, name, None) not in (None, *choices):
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             key = args.kind if "kind" in args else args.backbone
         from . import stages  # after the checks: it imports torch
 
-        further = (overrides,) if args.command == "trial" else ()
+        further = {"trial": lambda: (overrides,), "cost": lambda: (args.blocks,)}.get(args.command, tuple)()
         print(json.dumps(getattr(stages, args.command)(key, p, *further), indent=2))
     except (ParamsError, ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"gad: {error}", file=sys.stderr)

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
 
 from .backbones import Backbone, Condition
 from .evaluation.geometry import compare, endpoint, tangents
@@ -15,7 +13,7 @@ from .paradigms import PARADIGMS
 from .paradigms.base import Batch
 from .paradigms.forms import gad_loss
 from .params import Params, Run
-from .tangents import Tangents
+from .tangents import Samples, Tangents
 from .training import identity_key, step_generator, train
 
 
@@ -30,9 +28,9 @@ class Distillation:
     def draw(self, generator) -> Batch:
         """New noises and any prompts; for a paired paradigm, samples of the teacher and the noises they came from."""
         if self.paradigm.paired:
-            z, x0 = self.samples
-            i = torch.randint(len(z), (self.batch,), generator=generator, device=generator.device)
-            return Batch(z[i], self.cond[i], generator, x0[i])
+            of = self.samples
+            i = torch.randint(len(of), (self.batch,), generator=generator, device=generator.device)
+            return Batch(of.z[i], of.cond[i], generator, of.x0[i])
         shape, device = self.paradigm.backbone.latent_shape, generator.device
         z = torch.randn(self.batch, *shape, generator=generator, device=device)
         prompts = torch.randint(len(self.cond), (self.batch,), generator=generator, device=device)
@@ -43,7 +41,7 @@ class Distillation:
         out = self.paradigm.losses(self.draw(generator), step)
         if self.gad and "student" in out:
             own = step_generator(self.seed, step, device, "gad")
-            term = gad_loss(self.paradigm, self.teacher, self.gad, step, own)
+            term = gad_loss(self.paradigm, self.teacher, self.gad, self.paradigm.turn(step), own)
             if term is not None:
                 out["student"] = out["student"] + term
                 out["gad"] = term.detach()
@@ -57,6 +55,7 @@ def distill(
     prompts: list[str],
     teacher: Tangents,
     test: Tangents,
+    samples: Samples,
     folder: Path,
     work: Path,
     accelerator,
@@ -65,15 +64,14 @@ def distill(
     """Train student `run`, save its pipeline to `folder`; returns its training log and its probes.
 
     `prompts`: the pool of training prompts; `teacher`: what GAD's output forms learn from; `test`: those the
-    probes look at.
+    probes look at; `samples`: the teacher's, for a paradigm that is `paired`.
     """
     which, d = p.backbones[run.backbone], p.distill
     paradigm = PARADIGMS[run.paradigm](backbone, which.student_steps, which.cfg, p.paradigms[run.paradigm], d)
-    gad = p.gad if run.variant == "gad" and p.gad.lam > 0 else None
+    gad, steps = p.term(run.variant), p.steps(run.paradigm, run.variant)
     cond = backbone.encode(prompts)
-    drawn = samples(backbone, cond[: d.samples], which.teacher_steps, which.cfg) if paradigm.paired else None
-    task = Distillation(paradigm, cond, teacher, gad, d.batch, run.seed, drawn)
-    probes, every = {}, max(1, d.steps // 8)
+    task = Distillation(paradigm, cond, teacher, gad, d.batch, run.seed, samples if paradigm.paired else None)
+    probes, every = {}, max(1, steps // 8)
     probe_file = work / f"probes-{identity_key(identity)[:8]}.json"
     if probe_file.exists():
         probes = {int(k): v for k, v in json.loads(probe_file.read_text()).items()}
@@ -88,22 +86,14 @@ def distill(
             probe_file.write_text(json.dumps(probes))
 
     log = train(
-        task, work, d.steps, run.seed, identity, d.warmup, d.save_every, 10, accelerator, probe
+        task, work, steps, run.seed, identity, d.warmup, d.save_every, 10, accelerator, probe
     )
     student = task.roles["student"]
     student.average.copy_to(student.params)
-    probes[d.steps] = look(backbone, paradigm.student, test, which.student_steps)
+    probes[steps] = look(backbone, paradigm.student, test, which.student_steps)
     save_student(run, p, backbone, paradigm.student, folder)
     rows = [{"step": k, **probes[k]} for k in sorted(probes)]
     return pd.read_csv(log), pd.DataFrame(rows)
-
-
-@torch.no_grad()
-def samples(backbone: Backbone, cond: Condition, steps: int, cfg: float, seed: int = 11) -> tuple[Tensor, Tensor]:
-    """(z, x0), (N, C, H, W) each: noises, and where the teacher takes them for prompts `cond`."""
-    z = backbone.noise(len(cond), seed)
-    parts = tqdm(range(0, len(z), 64), "samples of the teacher", disable=None)
-    return z, torch.cat([backbone.sample(backbone.network, z[i:i + 64], cond[i:i + 64], steps, cfg) for i in parts])
 
 
 def look(backbone, student, test: Tangents, steps: int) -> dict[str, float]:
@@ -142,6 +132,9 @@ def save_student(run: Run, p: Params, backbone: Backbone, student, folder: Path)
     """The student as a pipeline folder of plain diffusers, with a model card and gad.json."""
     which = p.backbones[run.backbone]
     pipeline = backbone.pipeline
+    for part in pipeline.components.values():
+        if hasattr(part, "register_to_config"):
+            part.register_to_config(_name_or_path=run.backbone)  # not the path it was loaded from
     teacher, scheduler = backbone.network, pipeline.scheduler
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -151,15 +144,19 @@ def save_student(run: Run, p: Params, backbone: Backbone, student, folder: Path)
         pipeline.save_pretrained(folder)
     finally:
         pipeline.register_modules(**{backbone.part: teacher}, scheduler=scheduler)
-    with_gad = run.variant == "gad"
+    gad = p.term(run.variant)
     info = {
         "backbone": run.backbone, "paradigm": run.paradigm, "variant": run.variant, "seed": run.seed,
         "steps": which.student_steps, "guidance_scale": 1.0,
-        "gad": p.gad.model_dump() if with_gad else None,
-        "training": {"distill": p.distill.model_dump(), run.paradigm: p.paradigms[run.paradigm]},
+        "gad": gad.model_dump() if gad else None,
+        "training": {
+            "distill": p.distill.model_dump() | {"steps": p.steps(run.paradigm, run.variant)},
+            run.paradigm: p.paradigms[run.paradigm],
+        },
     }
     (folder / "gad.json").write_text(json.dumps(info, indent=2) + "\n")
-    how = f"with GAD ({p.gad.form} form, h = {p.gad.h}, λ = {p.gad.lam})" if with_gad else "without GAD"
+    term = "GAD" if run.variant == "gad" else f"the control `{run.variant}`"
+    how = f"with {term} ({gad.form} form, h = {gad.h}, λ = {gad.lam})" if gad else "without GAD"
     mini = which.world == "mini"
     card = CARD.format(
         run=run, backbone=run.backbone, paradigm=run.paradigm.upper(), how=how, seed=run.seed,

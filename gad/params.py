@@ -1,6 +1,7 @@
 """params.yaml as validated objects. A mistake is one line that names the key, the value and the fix."""
 
 import math
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -53,10 +54,35 @@ class Base(_Section):
     lam: Annotated[float, Field(ge=0, le=0)]
 
 
-class Grid(_Section):
+class Control(Gad):
+    """What a further variant does in GAD's place. `longer`: its training steps, in units of the others'."""
+
+    longer: Positive = 1.0
+
+
+class Block(_Section):
+    """Students: one of each backbones × paradigms × variants."""
+
+    backbones: list[str]
+    paradigms: list[str]
+    variants: list[str]
+
+    def runs(self, seeds: list[int]) -> list["Run"]:
+        parts = product(self.backbones, self.paradigms, self.variants, seeds)
+        return [Run(*part) for part in parts]
+
+
+class Grid(Block):
     backbones: Annotated[list[str], Field(min_length=1)]
     paradigms: Annotated[list[str], Field(min_length=1)]
     variants: Annotated[list[Literal["base", "gad"]], Field(min_length=1)]
+
+
+class Further(_Section):
+    """Blocks beside the grid, each with stages of its own in dvc.yaml."""
+
+    paradigms: Block
+    controls: Block
 
 
 class BackboneParams(_Section):
@@ -117,12 +143,12 @@ class Teacher(Cycle):
 class Endpoints(_Section):
     pairs: PositiveInt
     probes: PositiveInt
+    samples: PositiveInt
 
 
 class Distill(_Section):
     batch: PositiveInt
     prompts: PositiveInt
-    samples: PositiveInt
     steps: PositiveInt
     warmup: PositiveInt
     ema: Fraction
@@ -136,10 +162,12 @@ class Evaluation(_Section):
     noises: PositiveInt
     batch: PositiveInt
     quality_prompts: PositiveInt
+    trajectory_prompts: PositiveInt
 
 
 class Report(_Section):
     bootstrap: PositiveInt
+    loss: NonNegative
 
 
 class Params(_Section):
@@ -147,7 +175,9 @@ class Params(_Section):
     seeds: Seeds
     gad: Gad
     base: Base
+    controls: dict[str, Control]
     grid: Grid
+    further: Further
     backbones: dict[str, BackboneParams]
     autoencoder: dict[Literal["kl", "dc"], AutoencoderParams]
     teacher: Teacher
@@ -162,9 +192,22 @@ class Params(_Section):
         # By file names: importing the registries would cost every command the import of torch.
         backbones = {f.stem for f in (ROOT / "gad/backbones").glob("*.py")} - {"__init__", "base", "tokens"}
         paradigms = {f.stem for f in (ROOT / "gad/paradigms").glob("*.py")} - {"__init__", "base", "forms"}
+        blocks = {"grid": self.grid, "further.paradigms": self.further.paradigms,
+                  "further.controls": self.further.controls}
+        checks = []
+        for key, block in blocks.items():
+            if not block.runs(self.seeds.distill):
+                continue
+            variants = self.controls if key == "further.controls" else ("base", "gad")
+            checks += [
+                # teachers are made for the grid's backbones
+                (f"{key}.backbones", block.backbones, self.backbones if key == "grid" else self.grid.backbones,
+                 "the backbones section" if key == "grid" else "grid.backbones"),
+                (f"{key}.paradigms", block.paradigms, self.paradigms, "the paradigms section"),
+                (f"{key}.variants", block.variants, variants, "the controls section or base and gad"),
+            ]
         for key, names, known, where in (
-            ("grid.backbones", self.grid.backbones, self.backbones, "the backbones section"),
-            ("grid.paradigms", self.grid.paradigms, self.paradigms, "the paradigms section"),
+            *checks,
             ("paradigms", self.paradigms, sorted(paradigms), "gad/paradigms"),
             (
                 "backbones.*.family",
@@ -176,6 +219,9 @@ class Params(_Section):
             for name in names:
                 if name not in known:
                     raise ValueError(f"{key}: {name!r} is not in {where}; there are {', '.join(known)}")
+        runs = self.runs()
+        if twice := [run for i, run in enumerate(runs) if run in runs[:i]]:
+            raise ValueError(f"further: {twice[0]} is a student twice: take it out of one of its blocks")
         for name in self.backbones:
             try:
                 self.teacher_of(name)
@@ -190,14 +236,26 @@ class Params(_Section):
         return Teacher.model_validate(self.teacher.model_dump() | self.backbones[backbone].pretrain)
 
     def runs(self) -> list["Run"]:
-        """Every student of the grid, in the pipeline's order. Results are collected by this list alone."""
-        return [
-            Run(b, p, v, s)
-            for b in self.grid.backbones
-            for p in self.grid.paradigms
-            for v in self.grid.variants
-            for s in self.seeds.distill
-        ]
+        """Every student, the grid's first, in the pipeline's order. Results are collected by this list alone."""
+        blocks = (self.grid, self.further.paradigms, self.further.controls)
+        return [run for block in blocks for run in block.runs(self.seeds.distill)]
+
+    def term(self, variant: str) -> Gad | None:
+        """What `variant` adds to the paradigm's loss: None for nothing."""
+        if variant == "base":
+            return None
+        term = self.gad if variant == "gad" else self.controls[variant]
+        return term if term.lam else None
+
+    def steps(self, paradigm: str, variant: str) -> int:
+        """Training steps of a student: the paradigm's own `steps`, else `distill.steps`."""
+        control = self.controls.get(variant)
+        steps = self.paradigms[paradigm].get("steps", self.distill.steps)
+        return round(steps * (control.longer if control else 1))
+
+    @property
+    def variants(self) -> list[str]:
+        return ["base", "gad", *self.controls]
 
 
 class Run(tuple):

@@ -24,7 +24,7 @@ def write(p: Params) -> list:
     use_style()
     paths.FIGURES.mkdir(parents=True, exist_ok=True)
     made = []
-    for draw in (world, figure2, published, samples, before_after):
+    for draw in (world, figure2, published, samples, before_after, students):
         figure = draw(p)
         name = {"published": "precision"}.get(draw.__name__, draw.__name__)
         made.append(paths.FIGURES / f"{name}.png")
@@ -48,7 +48,8 @@ def world(p: Params):
 
 
 def _runs(p: Params, backbone: str):
-    return [r for r in p.runs() if r.backbone == backbone and r.seed == p.seeds.distill[0]]
+    """The grid's students on a backbone, of the first seed."""
+    return [r for r in p.grid.runs(p.seeds.distill[:1]) if r.backbone == backbone]
 
 
 def _interval(values, key: str, n=500):
@@ -58,7 +59,7 @@ def _interval(values, key: str, n=500):
 
 def figure2(p: Params):
     """Values match, tangents don't: over noise levels (left) and over training (right), a row a backbone."""
-    n = len(p.grid.backbones)
+    n, lines = len(p.grid.backbones), dict(zip(p.grid.paradigms, ("-", "--", ":", "-."), strict=False))
     figure, axes = plt.subplots(n, 4, figsize=(12, 2.5 * n), squeeze=False, sharex="col")
     for row, backbone in zip(axes, p.grid.backbones, strict=True):
         for run in _runs(p, backbone):
@@ -66,11 +67,11 @@ def figure2(p: Params):
             levels = [float(k) for k in result["local"]]
             for ax, key in zip(row[:2], ("value", "cos"), strict=True):
                 stats = np.array([_interval(result["local"][k][key], key) for k in result["local"]])
-                ax.plot(levels, stats[:, 0], "o-", ms=3, color=colour, label=name)
+                ax.plot(levels, stats[:, 0], marker="o", ls=lines[run.paradigm], ms=3, color=colour, label=name)
                 ax.fill_between(levels, stats[:, 1], stats[:, 2], color=colour, alpha=0.2, lw=0)
             probes = pd.read_csv(paths.probe(run))
             for ax, key in zip(row[2:], ("error", "cos"), strict=True):
-                ax.plot(probes["step"], probes[key], "o-", ms=3, color=colour, label=name)
+                ax.plot(probes["step"], probes[key], marker="o", ls=lines[run.paradigm], ms=3, color=colour, label=name)
         floors = tables.read(paths.diagnosis(backbone) / "floors.json")
         for ax, key in zip(row[2:], ("value", "cos"), strict=True):
             ax.axhline(tables.SUMMARY[key](floors["teacher, CFG + 1"][key]), color=COLOURS["teacher"], ls=":", lw=1,
@@ -160,7 +161,8 @@ def before_after(p: Params):
     left.set(xticks=range(len(backbones)), xticklabels=backbones, ylabel="JVP cosine with the teacher", ylim=(0, 1))
     left.legend(frameon=False, fontsize=7)
     shown = backbones[-1]
-    grids = {r.variant: np.asarray(Image.open(paths.sample_grid(r))) for r in _runs(p, shown)}
+    grids = {r.variant: np.asarray(Image.open(paths.sample_grid(r))) for r in _runs(p, shown)
+             if r.paradigm == p.grid.paradigms[0]}
     cell = next(iter(grids.values())).shape[0] // 2
     first = next(iter(grids.values()))
     strip = [first[: cell + 2], *(g[cell + 2:] for g in grids.values())]
@@ -172,5 +174,36 @@ def before_after(p: Params):
     for spine in right.spines.values():
         spine.set_visible(False)
     right.tick_params(length=0)
+    figure.tight_layout()
+    return figure
+
+
+def students(p: Params):
+    """Every student, those beside the grid too: JVP cosine and scene accuracy, between untrained and teacher."""
+    runs = {b: [r for r in p.runs() if r.backbone == b and r.seed == p.seeds.distill[0]] for b in p.grid.backbones}
+    heights = [len(r) for r in runs.values()]
+    figure, axes = plt.subplots(len(runs), 2, figsize=(8.5, 1.2 + 0.26 * sum(heights)), squeeze=False, sharex="col",
+                                sharey="row", height_ratios=heights)
+    for row, (backbone, own) in zip(axes, runs.items(), strict=True):
+        for y, run in enumerate(own):
+            result = tables.read(paths.result(run))
+            for ax, values in zip(row, (result["endpoint"]["cos"], result["quality"]["scene"]), strict=True):
+                value, low, high = _interval(values, "cos")  # both are means
+                ax.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", ms=4, capsize=2, lw=1,
+                            color=COLOURS.get(run.variant, "#949494"))
+        floors = tables.read(paths.diagnosis(backbone) / "floors.json")
+        for name, style in (("untrained student", ":"), ("teacher, CFG + 1", "--")):
+            row[0].axvline(np.mean(floors[name]["cos"]), color=COLOURS["teacher"], ls=style, lw=1, label=name)
+        scene = tables.read(paths.teacher_metrics(backbone))["scene"]
+        row[1].axvline(scene, color=COLOURS["teacher"], ls="-", lw=1, label="teacher")
+        row[0].set_yticks(range(len(own)), [tables.label(r) for r in own])
+        row[0].set_ylim(len(own) - 0.5, -0.5)
+        row[0].set_ylabel(backbone)
+        row[0].set_xlim(0, 1)
+        row[1].set_xlim(0, 1)
+    axes[-1, 0].set_xlabel("JVP cosine with the teacher, z → x0")
+    axes[-1, 1].set_xlabel("scene accuracy")
+    for ax in axes[0]:
+        ax.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     figure.tight_layout()
     return figure

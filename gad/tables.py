@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import paths
+from . import claims, paths
 from .evaluation.geometry import bootstrap, spectral_kl
 from .params import Params, Run
 
@@ -22,7 +22,15 @@ PAPER = pd.DataFrame(  # Table 1 of the paper, PixArt-α at full size
 COLUMNS = {
     "cos": "JVP cos ↑", "ratio": "Jac norm → 1", "spectral_kl": "Spec KL ↓", "mse": "JVP MSE ↓",
     "relative": "JVP error, relative ↓", "value": "value error, relative ↓", "scene": "scene accuracy ↑",
-    "colour_count": "colours and count ↑",
+    "colour_count": "colours and count ↑", "share": "of its teacher's scenes",
+}
+
+
+DIFFERENCES = ("cos", "ratio", "relative", "value")
+VARIANTS = {
+    "base": "", "gad": " + GAD", "map": " + GAD, map form", "every4": " + GAD each 4th step",
+    "unrelated": " + unrelated tangents", "augmentation": " + noise augmentation", "rkd": " + RKD",
+    "similarity": " + SP", "longer": ", longer",
 }
 
 
@@ -45,7 +53,7 @@ def read(path: Path) -> dict:
 
 def label(run: Run) -> str:
     name = {"sid": "SiD", "swiftbrush": "SwiftBrush"}.get(run.paradigm, run.paradigm.upper())
-    return name + (" + GAD" if run.variant == "gad" else "")
+    return name + VARIANTS.get(run.variant, f" + {run.variant}")
 
 
 def _prompts(points: int, noises: int, seeds: int) -> np.ndarray:
@@ -75,6 +83,15 @@ def accuracy(results: list[dict], n: int) -> dict[str, tuple[float, float, float
     return out
 
 
+def share(results: list[dict], teacher: dict, n: int) -> dict[str, tuple[float, float, float]]:
+    """Scene accuracy in units of the teacher's on the same prompts and noises; nothing where those are not the same."""
+    x, its = np.concatenate([r["quality"]["scene"] for r in results]), np.array(teacher["quality"]["scene"])
+    if len(x) != len(its) * len(results) or not its.any():
+        return {}
+    prompts, its = _prompts(len(its), 1, len(results)), np.tile(its, len(results))
+    return {"share": bootstrap(lambda i: x[i].mean() / max(its[i].mean(), 1e-9), prompts, n)}
+
+
 def models(p: Params, backbone: str) -> dict[tuple[str, str], list[dict]]:
     """Results of a backbone's students by (paradigm, variant), one entry a seed."""
     out: dict[tuple[str, str], list[dict]] = {}
@@ -85,7 +102,8 @@ def models(p: Params, backbone: str) -> dict[tuple[str, str], list[dict]]:
 
 
 def table1(p: Params) -> pd.DataFrame:
-    """Long form: backbone, model, map, metric, value, low, high; then GAD minus base, paired over prompts."""
+    """Long form: backbone, model, map, metric, value, low, high; each variant minus its base is paired over
+    prompts."""
     n, noises, rows = p.report.bootstrap, p.evaluation.noises, []
 
     def add(backbone, model, where, measured):
@@ -97,25 +115,29 @@ def table1(p: Params) -> pd.DataFrame:
     for backbone in p.grid.backbones:
         for name, floor in read(paths.diagnosis(backbone) / "floors.json").items():
             add(backbone, name, "endpoint", measure([floor], n, noises))
-        found = models(p, backbone)
+        teacher, found = read(paths.teacher_metrics(backbone)), models(p, backbone)
+        add(backbone, "teacher", "images", accuracy([teacher], n))
         for (paradigm, variant), results in found.items():
             name = label(Run(backbone, paradigm, variant, 0))
             add(backbone, name, "endpoint", measure([r["endpoint"] for r in results], n, noises))
             for level in results[0]["local"]:
                 add(backbone, name, f"local t={level}", measure([r["local"][level] for r in results], n, noises))
-            add(backbone, name, "images", accuracy(results, n))
-        for paradigm in p.grid.paradigms:
-            if (paradigm, "base") in found and (paradigm, "gad") in found:
-                base, gad = found[paradigm, "base"], found[paradigm, "gad"]
-                add(backbone, f"{paradigm.upper()}: GAD − base", "difference", difference(base, gad, n, noises))
+            add(backbone, name, "images", accuracy(results, n) | share(results, teacher, n))
+            if variant == "base" and "hybrid" in results[0]:
+                hybrid, name = [r["hybrid"] for r in results], f"{name}, first step by the teacher"
+                add(backbone, name, "endpoint", measure([r["endpoint"] for r in hybrid], n, noises))
+                add(backbone, name, "images", accuracy(hybrid, n))
+            if variant != "base" and (paradigm, "base") in found:
+                base = found[paradigm, "base"]
+                add(backbone, f"{name} − base", "difference", difference(base, results, n, noises))
     return pd.DataFrame(rows)
 
 
 def difference(base: list[dict], gad: list[dict], n: int, noises: int) -> dict[str, tuple[float, float, float]]:
-    """GAD minus base on the same prompts and noises: the difference of the summaries, resampled together."""
+    """A variant minus its base on the same prompts and noises: the difference of the summaries, resampled together."""
     out = {}
     for where, each, keys in (
-        ("endpoint", noises, ("cos", "ratio", "relative", "value")), ("quality", 1, ("scene", "colour_count"))
+        ("endpoint", noises, DIFFERENCES), ("quality", 1, ("scene", "colour_count"))
     ):
         for key in keys:
             b, g = (np.concatenate([r[where][key] for r in rows]) for rows in (base, gad))
@@ -144,11 +166,11 @@ def _weighted(p: Params) -> str:
 
 
 def write(p: Params) -> pd.DataFrame:
-    """reports/tables/*, reports/metrics.json; returns Table 1 in long form."""
+    """reports/tables/*, reports/claims.md, reports/metrics.json; returns Table 1 in long form."""
     paths.TABLES.mkdir(parents=True, exist_ok=True)
     long = table1(p)
     long.to_csv(paths.TABLES / "table1.csv", index=False, float_format="%.5g", lineterminator="\n")
-    geometry, quality = ["cos", "ratio", "spectral_kl", "mse", "relative", "value"], ["scene", "colour_count"]
+    geometry, quality = ["cos", "ratio", "spectral_kl", "mse", "relative", "value"], ["scene", "share", "colour_count"]
     levels = sorted({m for m in long["map"] if m.startswith("local")}, reverse=True)
     text = [
         "# Table 1, geometry",
@@ -160,26 +182,19 @@ def write(p: Params) -> pd.DataFrame:
         f"GAD: form `{p.gad.form}`, h = {p.gad.h}, λ = {p.gad.lam} on {_weighted(p)}.",
         "## Endpoint map z → x0, and images",
         wide(long, ["endpoint", "images"], [*geometry, *quality]).to_markdown(index=False),
-        "## GAD minus base, paired",
-        wide(long, ["difference"], ["cos", "ratio", "relative", "value", *quality]).to_markdown(index=False),
+        "## Minus the base, paired",
+        wide(long, ["difference"], [*DIFFERENCES, "scene", "colour_count"]).to_markdown(index=False),
         "## Local map x_t → x̂0", wide(long, levels, geometry).to_markdown(index=False),
         "## The paper's Table 1 (PixArt-α at full size; not comparable in scale)", PAPER.to_markdown(index=False),
     ]
     (paths.TABLES / "table1.md").write_text("\n\n".join(text) + "\n")
-    summary = wide(long[long["model"].isin({label(r) for r in p.runs()})], ["endpoint", "images"],
+    grid = {label(r) for r in p.grid.runs(p.seeds.distill)}
+    summary = wide(long[long["model"].isin(grid)], ["endpoint", "images"],
                    ["cos", "ratio", "spectral_kl", "relative", "scene"]).to_markdown(index=False) + "\n"
     (paths.TABLES / "summary.md").write_text(summary)
-    _into_readme(summary)
-    teachers = pd.DataFrame([{"backbone": b} | read(paths.teacher_metrics(b)) for b in p.grid.backbones])
-    teachers["spread / world's"] = teachers["spread"] / teachers["spread_world"]
-    teachers.to_csv(paths.TABLES / "teachers.csv", index=False, float_format="%.4g", lineterminator="\n")
-    (paths.TABLES / "teachers.md").write_text(
-        f"# Teachers\n\nOn {p.teacher.prompts} test prompts, by the detector; spread in pixels over seeds of one "
-        "prompt.\n\n"
-        + teachers.to_markdown(index=False, floatfmt=".3f") + "\n"
-    )
-    metrics = {"teachers": {r["backbone"]: {k: round(v, 4) for k, v in r.items() if k != "backbone"}
-                            for r in teachers.to_dict("records")}, "students": {}}
+    claims.write(p, {"table1": long, "table4": _write_table4(p)})
+    teachers = _teachers(p)
+    metrics = {"teachers": teachers, "students": {}}
     for row in long[long["map"].isin(["endpoint", "images", "difference"])].itertuples():
         of = metrics["students"].setdefault(row.backbone, {}).setdefault(row.model, {})
         of[row.metric] = float(f"{row.value:.4g}")
@@ -187,10 +202,81 @@ def write(p: Params) -> pd.DataFrame:
     return long
 
 
-def _into_readme(table: str, begin="<!-- summary -->\n", end="<!-- /summary -->"):
-    """The README shows the table as it is made, never typed in."""
-    path = paths.ROOT / "README.md"
-    text = path.read_text() if path.exists() else ""
-    if begin in text:
-        head, rest = text.split(begin)
-        path.write_text(head + begin + table + end + rest.split(end)[1])
+def _teachers(p: Params) -> dict[str, dict]:
+    """reports/tables/teachers.*: scene accuracies with intervals over prompts, and how far layouts spread."""
+    rows, cells, found = [], [], {}
+    for backbone in p.grid.backbones:
+        made = read(paths.teacher_metrics(backbone))
+        row = {"backbone": backbone}
+        cell = dict(row)
+        for key, (value, low, high) in accuracy([made], p.report.bootstrap).items():
+            row |= {key: value, f"{key}_low": low, f"{key}_high": high}
+            cell[COLUMNS[key]] = f"{value:.3f} [{low:.3f}, {high:.3f}]"
+        row |= {k: made[k] for k in ("spread", "spread_world")}
+        row["spread_share"] = row["spread"] / row["spread_world"]
+        cell |= {"spread, px": f"{row['spread']:.1f}", "the world's": f"{row['spread_world']:.1f}",
+                 "share": f"{row['spread_share']:.2f}"}
+        rows.append(row)
+        cells.append(cell)
+        found[backbone] = {k: round(v, 4) for k, v in row.items() if k != "backbone"}
+    pd.DataFrame(rows).to_csv(paths.TABLES / "teachers.csv", index=False, float_format="%.4g", lineterminator="\n")
+    text = (
+        f"# Teachers\n\nOn {p.teacher.prompts} test prompts, by the detector, with 95 % bootstrap intervals over "
+        "prompts; spread: of the first object's centre over seeds of one prompt, beside the world's.\n\n"
+    )
+    (paths.TABLES / "teachers.md").write_text(text + pd.DataFrame(cells).to_markdown(index=False) + "\n")
+    return found
+
+
+PAPER4 = "The paper (PixArt-α, 200 unseen prompts, norm not known), at t = 0: 0.491 without and 0.427 with GAD, −13 %."
+
+
+def table4(p: Params) -> pd.DataFrame:
+    """Long form: backbone, model, step, metric, value, low, high; `change` is a variant's mean relative error over its
+    base's, less one, paired over prompts."""
+    n, rows = p.report.bootstrap, []
+    for backbone in p.grid.backbones:
+        found = models(p, backbone)
+        for (paradigm, variant), results in found.items():
+            name = label(Run(backbone, paradigm, variant, 0))
+            errors = {k: _trajectories(results, k) for k in ("relative", "rmse", "local")}
+            base = _trajectories(found[paradigm, "base"], "relative") if (paradigm, "base") in found else None
+            prompts = _prompts(len(errors["rmse"]) // len(results), 1, len(results))
+            for k in range(errors["rmse"].shape[1]):
+                stats = {m: bootstrap(lambda i, x=x[:, k]: x[i].mean(), prompts, n) for m, x in errors.items()}
+                if variant != "base" and base is not None:
+                    a, b = errors["relative"][:, k], base[:, k]
+                    stats["change"] = bootstrap(lambda i, a=a, b=b: a[i].mean() / b[i].mean() - 1, prompts, n)
+                rows += [{"backbone": backbone, "model": name, "step": k + 1, "metric": m, "value": v, "low": x,
+                          "high": y} for m, (v, x, y) in stats.items()]
+    return pd.DataFrame(rows)
+
+
+def _trajectories(results, key) -> np.ndarray:
+    return np.concatenate([np.array(r["trajectory"][key]) for r in results])
+
+
+def _write_table4(p: Params) -> pd.DataFrame:
+    long = table4(p)
+    long.to_csv(paths.TABLES / "table4.csv", index=False, float_format="%.5g", lineterminator="\n")
+    text = [
+        "# Table 4, trajectories",
+        f"Distance of a student's state from its teacher's after each of its steps, from the same noise, on "
+        f"{p.evaluation.trajectory_prompts} unseen prompts (miniature); 95 % bootstrap intervals over prompts. "
+        "Relative: in units of the teacher's state; local: of one step by itself, from the teacher's state; change: of "
+        "the relative error, against the base.",
+    ]
+    for metric, title in (("relative", "Accumulated, relative"), ("change", "Change by what was added, paired"),
+                          ("local", "Local, relative"), ("rmse", "Accumulated, RMS per element")):
+        part = long[long["metric"] == metric]
+        percent = metric == "change"
+        cells = [f"{v:+.1%} [{a:+.1%}, {b:+.1%}]" if percent else f"{v:.3g} [{a:.3g}, {b:.3g}]"
+                 for v, a, b in part[["value", "low", "high"]].to_numpy()]
+        part = part.assign(cell=cells, step=[f"after step {k}" for k in part["step"]])
+        order = part[["backbone", "model"]].drop_duplicates()
+        if len(order):
+            table = part.pivot(index=["backbone", "model"], columns="step", values="cell")
+            table = table.loc[list(map(tuple, order.to_numpy()))].reset_index()
+            text += [f"## {title}", table.to_markdown(index=False)]
+    (paths.TABLES / "table4.md").write_text("\n\n".join([*text, PAPER4]) + "\n")
+    return long

@@ -1,4 +1,5 @@
-"""The teacher's exact responses along its paths: computed once, kept on disk, what GAD's output forms learn from."""
+"""What is computed of a teacher once and kept on disk: its exact responses along its paths, which GAD's output forms
+learn from, and samples, which some paradigms do."""
 
 import json
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .backbones import Backbone, Condition
 
@@ -56,6 +58,42 @@ class Tangents:
             with safe_open(path, "pt", str(backbone.device)) as f:
                 kept, meta = [f.get_tensor(k).float() for k in ("states", "responses")], f.metadata()
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): run the diagnose stage again") from None
+            raise _unreadable(path, error) from None
         *first, cond = Tangents.inputs(backbone, json.loads(meta["prompts"]), json.loads(meta["seeds"]))
         return Tangents(*(torch.cat([a[:, None], b], 1) for a, b in zip(first, kept, strict=True)), cond)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """N noises `z` and where the teacher's sampler takes them, `x0`, (N, C, H, W) each; `cond`: their prompts."""
+
+    z: Tensor
+    x0: Tensor
+    cond: Condition
+
+    def __len__(self):
+        return len(self.z)
+
+    @staticmethod
+    @torch.no_grad()
+    def make(path: Path, backbone: Backbone, prompts: list[str], seed: int, steps: int, cfg: float, batch: int = 64):
+        """Draw them and save the endpoints, in fp16."""
+        z, cond, x0 = backbone.noise(len(prompts), seed), backbone.encode(prompts), []
+        for i in tqdm(range(0, len(z), batch), "samples of the teacher", disable=None):
+            x0.append(backbone.sample(backbone.network, z[i:i + batch], cond[i:i + batch], steps, cfg))
+        meta = {"prompts": json.dumps(prompts), "seed": str(seed)}
+        save_file({"x0": torch.cat(x0).to("cpu", torch.float16)}, path, meta)
+
+    @staticmethod
+    def load(path: Path, backbone: Backbone) -> "Samples":
+        """On the backbone's device, in fp32; noises from their seed, prompts encoded anew."""
+        try:
+            with safe_open(path, "pt", str(backbone.device)) as f:
+                x0, meta = f.get_tensor("x0").float(), f.metadata()
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(path, error) from None
+        return Samples(backbone.noise(len(x0), int(meta["seed"])), x0, backbone.encode(json.loads(meta["prompts"])))
+
+
+def _unreadable(path, error):
+    return ValueError(f"{path} cannot be read ({error}): run the diagnose stage again")

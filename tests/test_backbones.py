@@ -123,6 +123,15 @@ def test_the_schedulers_on_the_hub_give_the_same_levels(mini, name, scheduler):
 
 
 @torch.no_grad()
+def test_hybrid_sample_takes_its_first_step_by_another_network(backbone, cond, z):
+    """Its own network first changes nothing; with another, its first state is that network's."""
+    network = backbone.network
+    plain = backbone.sample(network, z, cond, 4, 2.0, return_trajectory=True)
+    assert torch.equal(backbone.sample(network, z, cond, 4, 2.0, first=(network, 2.0)), plain[-1])
+    mixed = backbone.sample(network, z, cond, 4, return_trajectory=True, first=(network, 2.0))
+    assert torch.equal(mixed[1], plain[1]) and not torch.allclose(mixed[2], plain[2])
+
+
 def test_sample_is_a_function_of_the_noise_alone(backbone, cond, z):
     torch.manual_seed(1)
     first = backbone.sample(backbone.network, z, cond, 4, 3.0)

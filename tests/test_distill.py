@@ -101,6 +101,16 @@ def test_divergence_stops_with_one_line_and_keeps_the_checkpoint(place):
 
 
 @pytest.mark.slow
+def test_cost_has_a_row_for_every_paradigm(place):
+    rows = json.loads(done(place, "--set", "paradigms.dmd.ratio=2", "cost", "sana", "2"))
+    assert [r["paradigm"] for r in rows] == list(yaml.safe_load((ROOT / "params.yaml").read_text())["paradigms"])
+    for row in rows:
+        assert row["seconds"] > 0 and row["gad_low"] <= row["gad"] <= row["gad_high"]
+        assert min(row["memory_base"], row["memory_gad"], row["memory_every"]) > 0
+    assert (place / "reports/cost.md").read_text().count("\n| ") == 1 + len(rows)
+
+
+@pytest.mark.slow
 def test_trials_keep_a_row_each_and_no_student(place):
     trial = ("--set", "distill.steps=2", "trial", "sana", "ladd", "base")
     first = json.loads(done(place, *trial))

@@ -1,10 +1,14 @@
 """Table 1's measures on responses whose agreement is known, and its intervals."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from gad import tables
+from gad import claims, tables
+from gad.evaluation import trajectory
 from gad.evaluation.geometry import bootstrap, compare, local_rows, row, spectral_kl, spectrum, tangents
 from gad.tangents import Tangents
 
@@ -75,6 +79,17 @@ def test_difference_is_paired_and_tighter_than_the_models_own():
     assert own[2] - own[1] > 0.05
 
 
+def test_share_is_the_ratio_on_the_same_prompts():
+    rng = np.random.default_rng(0)
+    teacher = result(np.zeros(200), (rng.random(200) < 0.8).astype(int))
+    same = tables.share([teacher, teacher], teacher, 500)["share"]
+    assert same == (1, 1, 1)
+    half = result(np.zeros(200), teacher["quality"]["scene"] * (np.arange(200) % 2))
+    value, low, high = tables.share([half], teacher, 500)["share"]
+    assert low < value < high and value == pytest.approx(0.5, abs=0.05)
+    assert tables.share([result(np.zeros(10), np.ones(10))], teacher, 500) == {}  # other prompts
+
+
 def test_noises_of_a_prompt_are_not_prompts():
     rng = np.random.default_rng(0)
     one = result(rng.uniform(0, 1, 96), np.zeros(96))["endpoint"]
@@ -96,3 +111,73 @@ def test_a_student_that_is_the_teacher_scores_the_ceiling(mini, prompts):
     assert own["cos"] == pytest.approx([1, 1], abs=1e-4) and max(own["value"]) < 1e-6
     for level in local_rows(backbone, backbone.network, t, 1.0, 2).values():
         assert level["cos"] == pytest.approx([1, 1], abs=1e-4) and max(level["relative"]) < 1e-6
+
+
+def test_trajectory_of_the_teacher_itself_has_no_error_and_another_adds_its_steps_up(mini, prompts):
+    """The teacher with as many steps and no guidance strays nowhere; a student's first step is its own error alone;
+    one that always returns what is given to it is away by the teacher's own move."""
+    backbone = mini("sana")
+    z, cond = backbone.noise(len(prompts), 0), backbone.encode(prompts)
+    same = trajectory.errors(backbone, backbone.network, z, cond, 4, 4, 1.0, 1)
+    assert max(map(max, same["relative"])) < 1e-6 and np.shape(same["rmse"]) == (len(prompts), 4)
+    guided = trajectory.errors(backbone, backbone.network, z, cond, 4, 20, 3.0)
+    assert [r[0] for r in guided["relative"]] == pytest.approx([r[0] for r in guided["local"]])
+    assert min(map(min, guided["local"])) > 0
+
+    class Still:
+        """A flow that does not move."""
+        dtype, config = backbone.network.dtype, backbone.network.config
+
+        def __call__(self, x, **kwargs):
+            return (torch.zeros_like(x),)
+
+    still = trajectory.errors(backbone, Still(), z, cond, 4, 20, 3.0)
+    end = backbone.sample(backbone.network, z, cond, 20, 3.0)
+    away = ((z - end).flatten(1).norm(dim=1) / end.flatten(1).norm(dim=1)).tolist()
+    assert [r[-1] for r in still["relative"]] == pytest.approx(away, rel=1e-3)
+
+
+def test_table4_change_is_against_the_base(monkeypatch, tmp_path):
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0.5, 1, (50, 2))
+    trajectories = {"base": base, "gad": 0.9 * base}
+    monkeypatch.setattr(tables, "models", lambda p, b: {
+        ("tdm", v): [{"trajectory": dict.fromkeys(("relative", "rmse", "local"), x.tolist())}]
+        for v, x in trajectories.items()
+    })
+    grid = SimpleNamespace(backbones=["sana"])
+    long = tables.table4(SimpleNamespace(report=SimpleNamespace(bootstrap=200), grid=grid))
+    change = long[long["metric"] == "change"]
+    assert set(change["model"]) == {"TDM + GAD"} and change["value"].to_numpy() == pytest.approx([-0.1, -0.1])
+    assert change["low"].to_numpy() == pytest.approx([-0.1, -0.1])
+
+
+@pytest.mark.parametrize(
+    "low, high, sign, margin, said",
+    [
+        (0.1, 0.2, 1, 0, "reproduced"), (-0.1, 0.2, 1, 0, "undecided"), (-0.2, -0.1, 1, 0, "not reproduced"),
+        (-0.2, -0.1, -1, 0, "reproduced"), (0.1, 0.2, -1, 0, "not reproduced"),
+        (-0.04, 0.01, 1, 0.05, "reproduced"), (-0.09, 0.01, 1, 0.05, "undecided"),
+        (-0.09, -0.06, 1, 0.05, "not reproduced"),
+    ],
+)
+def test_verdicts(low, high, sign, margin, said):
+    assert claims.verdict(low, high, sign, margin) == said
+
+
+def test_claims_are_judged_by_the_grids_own_rows():
+    keys = ["backbone", "model", "map", "metric", "value", "low", "high"]
+    table1 = pd.DataFrame([
+        ("sana", "TDM + GAD − base", "difference", "cos", 0.1, 0.05, 0.15),
+        ("sana", "TDM + RKD − base", "difference", "cos", 0.2, 0.15, 0.25),
+        ("sana", "TDM + GAD", "endpoint", "cos", 0.5, 0.4, 0.6),
+        ("sana", "TDM + GAD − base", "difference", "scene", -0.1, -0.13, -0.06),
+    ], columns=keys)
+    table4 = pd.DataFrame([
+        ("sana", "TDM + GAD", 1, "change", 0.1, 0.05, 0.15), ("sana", "TDM + GAD", 2, "change", -0.1, -0.2, -0.05),
+    ], columns=["backbone", "model", "step", "metric", "value", "low", "high"])
+    grid = SimpleNamespace(backbones=["sana"], paradigms=["tdm"])
+    p = SimpleNamespace(grid=grid, report=SimpleNamespace(loss=0.05))
+    found = claims.judge(p, {"table1": table1, "table4": table4})
+    assert found["verdict"].tolist() == ["reproduced", "not reproduced", "reproduced"]
+    assert found["difference"].tolist() == [0.1, -0.1, -0.1]

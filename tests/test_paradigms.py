@@ -17,7 +17,7 @@ from gad.evaluation.geometry import tangents
 from gad.paradigms import PARADIGMS
 from gad.paradigms.base import Batch, Point
 from gad.paradigms.forms import FORMS, _relations, gad_loss
-from gad.tangents import Tangents
+from gad.tangents import Samples, Tangents
 from gad.training import step_generator, train
 
 D = 4
@@ -276,7 +276,7 @@ CASES = [
 def task_of(name, setting, form):
     paradigm = PARADIGMS[name](setting.backbone, 4, 2.0, P.paradigms[name], P.distill)
     gad = P.gad.model_copy(update={"form": form, "lam": 1.0, "pairs": 2}) if form else None
-    samples = setting.tangents.z, setting.tangents.x0
+    samples = Samples(setting.tangents.z, setting.tangents.x0, setting.tangents.cond)
     return Distillation(paradigm, setting.cond, setting.tangents, gad, 2, 0, samples)
 
 
@@ -358,3 +358,12 @@ def test_lam_zero_is_the_base_bit_for_bit(setting, tmp_path):
     base = run(None, "base")
     assert torch.equal(base, run(P.gad.model_copy(update={"lam": 0.0}), "zero"))
     assert not torch.equal(base, run(P.gad.model_copy(update={"lam": 1.0, "pairs": 2, "every": 1}), "one"))
+
+
+def test_every_counts_the_students_updates_not_the_fakes(setting):
+    task = task_of("dmd", setting, "step")
+    task.gad = task.gad.model_copy(update={"every": 2})
+    ratio = int(P.paradigms["dmd"]["ratio"])
+    logged = [task.losses(step, step_generator(0, step)) for step in range(2 * ratio + 1)]
+    assert [k for k, row in enumerate(logged) if "student" in row] == [0, ratio, 2 * ratio]
+    assert [k for k, row in enumerate(logged) if "gad" in row] == [0, 2 * ratio]

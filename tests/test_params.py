@@ -25,6 +25,10 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("grid.backbones", ["sdxl"], "grid.backbones: 'sdxl' is not in the backbones section"),
         ("grid.paradigms", ["lcm"], "grid.paradigms: 'lcm' is not in the paradigms section"),
         ("grid.variants", ["both"], "grid.variants.0='both'"),
+        ("further.controls.variants", ["gad"], "further.controls.variants: 'gad' is not in the controls section"),
+        ("further.paradigms.paradigms", ["lcm"], "further.paradigms.paradigms: 'lcm' is not in the paradigms section"),
+        ("further.paradigms.paradigms", ["tdm"], "further: sd2-tdm-base-0 is a student twice"),
+        ("controls.map.longer", 0, "controls.map.longer=0: input should be greater than 0"),
         ("backbones.sana.teacher_steps", 30, "backbones.sana.teacher_steps=30 must divide 1000"),
         ("backbones.sana.teacher_steps", 25, "backbones.sana.teacher_steps=25 must be even"),
         ("backbones.sana.cfg", 0.5, "backbones.sana.cfg=0.5"),
@@ -103,3 +107,18 @@ def test_a_backbones_pretraining_lies_over_the_general_one(tmp_path):
     found = params.load(tmp_path / "params.yaml").teacher_of("sana")
     assert (found.steps, found.lr, found.refine[0].steps, found.refine[0].muon) == (11, 0.1, 21, 0.3)
     assert [c.focus for c in found.refine] == [0, 0.5]
+
+
+def test_blocks_beside_the_grid_make_runs_with_terms_and_steps_of_their_own():
+    p = params.load(**{
+        "further.paradigms": {"backbones": ["sd2"], "paradigms": ["dmd"], "variants": ["base"]},
+        "further.controls": {"backbones": ["sana"], "paradigms": ["tdm"], "variants": ["rkd", "longer"]},
+        "paradigms.dmd": DATA["paradigms"]["dmd"] | {"steps": 60},
+    })
+    grid = p.grid.runs(p.seeds.distill)
+    more = [Run("sd2", "dmd", "base", 0), Run("sana", "tdm", "rkd", 0), Run("sana", "tdm", "longer", 0)]
+    assert p.runs() == grid + more
+    assert p.term("base") is None and p.term("longer") is None and p.term("gad") == p.gad
+    assert p.term("rkd").form == "rkd" and p.term("rkd").h == p.gad.h
+    assert p.steps("dmd", "base") == 60 and p.steps("tdm", "gad") == p.distill.steps
+    assert p.steps("tdm", "longer") == round(p.distill.steps * p.controls["longer"].longer)

@@ -181,7 +181,7 @@ def column(backbone):
 def copy(tmp_path_factory):
     """One column of the grid, made from nothing."""
     folder = tmp_path_factory.mktemp("copy")
-    made = Copy(graph.sandbox(folder, graph._merged(SMOKE, {"grid": {"backbones": ["sd2"]}})))
+    made = Copy(graph.sandbox(folder, graph._merged(SMOKE, {"grid": {"backbones": ["sd2"]}, "further": graph.ALONE})))
     made.first = made.reproduce()
     return made
 
@@ -231,3 +231,11 @@ class TestGraph:
         assert copy.changed() == {student, *column("sana"), *reports}
         assert copy.reproduce() == {student, "evaluate@sd2-tdm-gad-0", *column("sana"), *reports}
         assert "sana" in (copy.folder / "reports/tables/table1.md").read_text()
+
+    def test_block_beside_the_grid_runs_alone(self, copy):
+        block = {"backbones": ["sd2"], "paradigms": ["tdm"], "variants": ["rkd"]}
+        copy.edit({"further": {"controls": block}})
+        students = {f"{s}-controls@sd2-tdm-rkd-0" for s in ("distill", "evaluate")}
+        assert copy.changed() == {*students, "tables", "figures"}
+        assert copy.reproduce() == {*students, "tables", "figures"}
+        assert "TDM + RKD − base" in (copy.folder / "reports/tables/table1.md").read_text()

@@ -92,8 +92,11 @@ def test_stage_ids_are_the_runs():
     names = {s.addressing for s in Repo(ROOT).index.stages}
     p = params.load()
     runs = {str(r) for r in p.runs()}
-    assert {n.partition("@")[2] for n in names if n.startswith("distill@")} == runs
-    assert {n.partition("@")[2] for n in names if n.startswith("evaluate@")} == runs
+    for stage in ("distill", "evaluate"):  # and distill-paradigms@…, distill-controls@…
+        assert {n.partition("@")[2] for n in names if n.startswith(stage)} == runs
+        for block, what in p.further:
+            own = {str(r) for r in what.runs(p.seeds.distill)}
+            assert {n.partition("@")[2] for n in names if n.startswith(f"{stage}-{block}@")} == own
     for group in ("teacher", "diagnose"):
         assert {n.partition("@")[2] for n in names if n.startswith(f"{group}@")} == set(p.grid.backbones)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gad import params
+from gad import params, training
 from gad.stages.common import prepare
 from gad.training import DivergedError, Role, learning_rate, step_generator, train
 
@@ -201,3 +201,18 @@ def test_bf16_gives_way_on_a_cpu_without_it(monkeypatch, capsys, able, expected)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert prepare(params.load(), "bf16").mixed_precision == expected
     assert ("going on in fp32" in capsys.readouterr().err) == (expected == "no")
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
+def test_muon_in_fp32_takes_torchs_step(shape):
+    """Newton–Schulz in fp32 and in bf16 differ by bf16's rounding; and the step stays orthogonal."""
+    start, gradient = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    moved = []
+    for optimiser in (training.Muon, torch.optim.Muon):
+        w = torch.nn.Parameter(start.clone())
+        w.grad = gradient.clone()
+        optimiser([w], 0.1, weight_decay=0.0).step()
+        moved.append(w.detach() - start)
+    assert torch.cosine_similarity(*(m.flatten() for m in moved), dim=0) > 0.999
+    before, after = (torch.linalg.svdvals(m) for m in (gradient, moved[0]))
+    assert before[0] / before.median() > 1.4 > after[0] / after.median()  # nearly equal singular values

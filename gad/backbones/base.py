@@ -187,15 +187,18 @@ class Backbone:
         return self.levels.step(x0, eps, s)
 
     def sample(
-        self, network, z: Tensor, cond: Condition, steps: int, cfg: float = 1.0, return_trajectory: bool = False
+        self, network, z: Tensor, cond: Condition, steps: int, cfg: float = 1.0, return_trajectory: bool = False,
+        first: tuple | None = None,
     ) -> Tensor:
         """Latents from noise `z` (B, C, H, W): a function of `z` alone. With `return_trajectory`, all states
-        (steps + 1, B, C, H, W), `z` first."""
+        (steps + 1, B, C, H, W), `z` first. `first`: another (network, cfg) for the first step, the hybrid sampler
+        of Gandikota & Bau (2025)."""
         times = self.times(steps).to(z.device)
         states = [z]
         for t, s in zip(times[:-1].unbind(), times[1:].unbind(), strict=True):
             one = z.new_ones(len(z), dtype=torch.float64)
-            states.append(self.step(network, states[-1], t * one, s * one, cond, cfg))
+            model = first if first and len(states) == 1 else (network, cfg)
+            states.append(self.step(model[0], states[-1], t * one, s * one, cond, model[1]))
         return torch.stack(states) if return_trajectory else states[-1]
 
     def path(self, network, z: Tensor, cond: Condition, steps: int, cfg: float, times: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from ..backbones import Backbone, Condition
 LEVELS = (0.9, 0.7, 0.5, 0.3, 0.1)  # times t of the local map
 
 
-def endpoint(backbone: Backbone, network, cond: Condition, steps: int, cfg: float = 1.0):
+def endpoint(backbone: Backbone, network, cond: Condition, steps: int, cfg: float = 1.0, first=None):
     """The endpoint map `z → x0` (paper: Φ) for one batch of prompts."""
-    return lambda z: backbone.sample(network, z, cond, steps, cfg)
+    return lambda z: backbone.sample(network, z, cond, steps, cfg, first=first)
 
 
 def tangents(make_map, x: Tensor, v: Tensor, cond: Condition, batch: int, name: str = "") -> tuple[Tensor, Tensor]:
@@ -54,14 +54,14 @@ def spectrum(x: Tensor) -> Tensor:
 
 def row(y: Tensor, jv: Tensor, x0: Tensor, teacher_jv: Tensor) -> dict[str, list]:
     """One model's measurements, point by point, ready for JSON: `compare` of the responses, `value` = relative
-    squared error of the values, and both spectra."""
+    squared error of the values, and both spectra. Five digits are kept of each."""
     out = compare(jv, teacher_jv) | {"value": compare(y, x0)["relative"]}
     out |= {"spectrum": spectrum(jv), "teacher_spectrum": spectrum(teacher_jv)}
     return {k: [_rounded(x) for x in v.tolist()] for k, v in out.items()}
 
 
 def _rounded(x):
-    return [_rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.6g}")
+    return [_rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.5g}")
 
 
 def local_rows(backbone: Backbone, network, test, cfg: float, batch: int) -> dict[str, dict[str, list]]:

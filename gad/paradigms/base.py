@@ -62,11 +62,11 @@ class Paradigm:
 
     form = "map"
     paired = False
-    settings: tuple[str, ...]  # its keys in params.yaml, all of them needed
+    settings: tuple[str, ...]  # its keys in params.yaml, all of them needed; any may have `steps`, of its training
 
     def __init__(self, backbone: Backbone, steps: int, cfg: float, p: dict, distill):
         name = type(self).__name__.lower()
-        for key in {*p, *self.settings}:
+        for key in {*p, *self.settings} - {"steps"}:
             if key not in p:
                 raise ValueError(f"paradigms.{name}.{key} is missing: add it")
             if key not in self.settings:
@@ -94,6 +94,10 @@ class Paradigm:
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Scalar losses by role, and scalars to log. Leaves `point` where it has a fake."""
         raise NotImplementedError
+
+    def turn(self, step: int) -> int:
+        """Which of the student's updates a training step makes, if it makes one."""
+        return step
 
     def start(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """One step of the student's sampler for each sample: its own state `x` there, from time `t` to `s`, (B,)."""

@@ -24,6 +24,9 @@ class DMD(Paradigm):
         super().__init__(backbone, steps, cfg, p, distill)
         self.roles = self.with_fake(distill, 0.95, 0.01)
 
+    def turn(self, step):
+        return step // int(self.p["ratio"])
+
     def losses(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         backbone, fake = self.backbone, self.roles["fake"].module
         turn = step % int(self.p["ratio"]) == 0

@@ -10,8 +10,8 @@ from ..tangents import Tangents
 from .base import Paradigm, pseudo_huber
 
 
-def gad_loss(paradigm: Paradigm, tangents: Tangents, gad, step: int, generator) -> Tensor | None:
-    """The GAD term of this step, weighted by λ, as a scalar; None where it does not apply.
+def gad_loss(paradigm: Paradigm, tangents: Tangents, gad, turn: int, generator) -> Tensor | None:
+    """The GAD term at the student's update number `turn`, weighted by λ, as a scalar; None where it does not apply.
 
     `map`: the student's endpoint map `z → x0` against the teacher's, the output form (paper, L_GAD).
     `step`: the same one step at a time, at the latents of the teacher's path and along its own responses there: the
@@ -29,7 +29,7 @@ def gad_loss(paradigm: Paradigm, tangents: Tangents, gad, step: int, generator) 
     `augmentation`: no tangents; the student moved by `h u` must give what the teacher gives unmoved.
     `rkd` (Park et al. 2019) and `similarity` (Tung & Mori 2019): relations between the samples of a draw.
     """
-    if gad.lam == 0 or step % gad.every:
+    if gad.lam == 0 or turn % gad.every:
         return None
     if gad.form in ("score", "paired-score", "released") and paradigm.point is None:
         raise ValueError(f"gad.form={gad.form!r} needs a paradigm with a fake score: use 'map' or 'step'")

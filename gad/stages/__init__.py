@@ -1,8 +1,9 @@
 """The pipeline's stages as functions, a file for each kind. Notebooks and `python -m gad` call these alone."""
 
+from .cost import cost
 from .diagnosis import diagnose
 from .distillation import distill, trial
 from .evaluation import evaluate
 from .world import autoencoder, teacher
 
-__all__ = ["autoencoder", "diagnose", "distill", "evaluate", "teacher", "trial"]
+__all__ = ["autoencoder", "cost", "diagnose", "distill", "evaluate", "teacher", "trial"]

@@ -26,8 +26,9 @@ def prepare(p: Params, precision: str = "no") -> Accelerator:
 
 
 def write_json(path: Path, data) -> Path:
+    """Without blanks: lists of measurements would be mostly these."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2) + "\n")
+    path.write_text(json.dumps(data, separators=(",", ":")) + "\n")
     return path
 
 

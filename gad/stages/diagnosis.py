@@ -7,7 +7,7 @@ from .. import paths
 from ..backbones import load
 from ..evaluation import geometry, precision
 from ..params import Params
-from ..tangents import Tangents
+from ..tangents import Samples, Tangents
 from ..world import scenes
 from .common import prepare, write_csv, write_json
 
@@ -47,8 +47,10 @@ def diagnose(backbone: str, p: Params) -> dict:
     save(endpoints / "train.safetensors", prompts, (seed + 6, seed + 7), times, dtype=torch.float16)
     prompts = scenes.sample(n.probes, seed + 9, "test").captions()
     save(endpoints / "probe.safetensors", prompts, (seed + 9, seed + 10), ends)
-    prompts = [c for c in scenes.sample(e.prompts, seed + 4, "test").captions() for _ in range(e.noises)]
-    test = save(folder / "test.safetensors", prompts, (seed + 4, seed + 5), ends, e.batch)
+    prompts = scenes.sample(n.samples, seed + 11, "train").captions()
+    Samples.make(endpoints / "samples.safetensors", teacher, prompts, seed + 11, which.teacher_steps, which.cfg)
+    prompts = [c for c in scenes.sample(e.prompts, seed + 14, "test").captions() for _ in range(e.noises)]
+    test = save(folder / "test.safetensors", prompts, (seed + 14, seed + 15), ends, e.batch)
     other = {
         "teacher, CFG + 1": (which.teacher_steps, which.cfg + 1),
         "teacher, half the steps": (which.teacher_steps // 2, which.cfg),

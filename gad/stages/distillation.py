@@ -12,7 +12,7 @@ from .. import paths
 from ..backbones import load
 from ..evaluation.geometry import bootstrap, compare, endpoint, tangents
 from ..params import Params, Run
-from ..tangents import Tangents
+from ..tangents import Samples, Tangents
 from ..world import scenes
 from ..world import teacher as teachers
 from ..world.detector import judge
@@ -33,13 +33,15 @@ def _student(run, p, folder, work):
     backbone = load(run.backbone, p).to(accelerator.device)
     endpoints = paths.endpoints(run.backbone)
     train, test = (Tangents.load(endpoints / f"{k}.safetensors", backbone) for k in ("train", "probe"))
+    term, samples = p.term(run.variant), Samples.load(endpoints / "samples.safetensors", backbone)
     config = {
         "run": list(run), "distill": p.distill.model_dump(), "paradigm": p.paradigms[run.paradigm],
         "backbone": p.backbones[run.backbone].model_dump(), "teacher": train.x0.double().sum().item(),
-        "gad": p.gad.model_dump() if run.variant == "gad" else None,
+        "gad": term.model_dump() if term else None, "steps": p.steps(run.paradigm, run.variant),
     }
     prompts = scenes.sample(p.distill.prompts, p.seeds.world, "train").captions()
-    return *students.distill(run, p, backbone, prompts, train, test, folder, work, accelerator, config), backbone
+    made = students.distill(run, p, backbone, prompts, train, test, samples, folder, work, accelerator, config)
+    return *made, backbone
 
 
 NOTE = """# What was tried
@@ -65,7 +67,8 @@ def trial(run: Run, p: Params, settings: dict, prompts: int = 128, noises: int =
     objects = [world.objects(i) for i in range(prompts)]
     row = {
         "backbone": run.backbone, "paradigm": run.paradigm, "variant": run.variant, "seed": run.seed,
-        "settings": " ".join(f"{k}={v}" for k, v in sorted(settings.items())), "steps": p.distill.steps,
+        "settings": " ".join(f"{k}={v}" for k, v in sorted(settings.items())),
+        "steps": p.steps(run.paradigm, run.variant),
     }
     for name, network, steps, cfg in (
         ("scene", student, which.student_steps, 1.0), ("teacher", backbone.network, which.teacher_steps, which.cfg)

@@ -6,29 +6,40 @@ from torchvision.utils import save_image
 
 from .. import paths
 from ..backbones import load
-from ..evaluation import geometry
+from ..evaluation import geometry, trajectory
 from ..params import Params, Run
 from ..tangents import Tangents
 from ..world import scenes
 from ..world import teacher as teachers
-from ..world.detector import judge
 from .common import prepare, write_json
 
 
 def evaluate(run: Run, p: Params) -> dict:
-    """Measure student `run`: Table 1's geometry point by point, scene accuracy prompt by prompt."""
+    """Measure student `run`: Table 1's geometry point by point, scene accuracy prompt by prompt, Table 4's
+    trajectories; of a base student also the first two with the hybrid sampler."""
     which, e, seed = p.backbones[run.backbone], p.evaluation, p.seeds.world
     accelerator = prepare(p)
     teacher = load(run.backbone, p).to(accelerator.device)
     student = load(paths.student(run)).to(accelerator.device)
     test = Tangents.load(paths.diagnosis(run.backbone) / "test.safetensors", teacher)
     steps = which.student_steps
-    y, jv = geometry.tangents(
-        lambda c: geometry.endpoint(teacher, student.network, c, steps), test.z, test.v, test.cond, e.batch, str(run)
-    )
-    out = {"run": str(run), "endpoint": geometry.row(y, jv, test.x0, test.jv)}
+
+    def measured(first=None):
+        y, jv = geometry.tangents(
+            lambda c: geometry.endpoint(teacher, student.network, c, steps, first=first),
+            test.z, test.v, test.cond, e.batch, str(run),
+        )
+        right = teachers.quality(teacher, student.network, e.quality_prompts, steps, 1.0, seed, first)
+        return {"endpoint": geometry.row(y, jv, test.x0, test.jv),
+                "quality": {k: v.astype(int).tolist() for k, v in right.items()}}
+
+    out = {"run": str(run), **measured()}
     out["local"] = geometry.local_rows(teacher, student.network, test, which.cfg, e.batch)
-    out["quality"] = quality(teacher, student.network, p, steps, 1.0)
+    prompts = scenes.sample(e.trajectory_prompts, seed + 16, "unseen").captions()
+    z, cond = teacher.noise(len(prompts), seed + 16), teacher.encode(prompts)
+    out["trajectory"] = trajectory.errors(teacher, student.network, z, cond, steps, which.teacher_steps, which.cfg)
+    if run.variant == "base" and steps > 1:
+        out["hybrid"] = measured((teacher.network, which.cfg))  # the teacher's first step, then the student
     write_json(paths.result(run), out)
     world = scenes.sample(8, seed + 8, "test")
     rows = [
@@ -43,10 +54,3 @@ def evaluate(run: Run, p: Params) -> dict:
         "colour_count": float(np.mean(out["quality"]["colour_count"])),
     }
 
-
-def quality(backbone, network, p: Params, steps: int, cfg: float) -> dict[str, list]:
-    """Per-prompt scene accuracies on `evaluation.quality_prompts` test prompts, one noise each."""
-    n, seed = p.evaluation.quality_prompts, p.seeds.world + 3
-    world = scenes.sample(n, seed, "test")
-    images = teachers.generate(backbone, network, world.captions(), steps, cfg, p.seeds.world)
-    return {k: v.astype(int).tolist() for k, v in judge(images, [world.objects(i) for i in range(n)]).items()}

@@ -27,6 +27,7 @@ def teacher(backbone: str, p: Params) -> dict:
     which = p.backbones[backbone]
     folder = paths.autoencoder(which.autoencoder)
     vae = (AutoencoderDC if which.autoencoder == "dc" else AutoencoderKL).from_pretrained(folder)
+    vae.register_to_config(_name_or_path=which.autoencoder)  # or the folder's path would go into what is saved
     training, seed = p.teacher_of(backbone), p.seeds.world
     config = training.model_dump()
     work = paths.resume(f"teacher-{backbone}")
@@ -36,4 +37,4 @@ def teacher(backbone: str, p: Params) -> dict:
     metrics = teachers.evaluate(made, made.network, which.teacher_steps, which.cfg, seed, training.prompts)
     write_json(paths.teacher_metrics(backbone), metrics)
     shutil.rmtree(work)
-    return metrics
+    return {k: v for k, v in metrics.items() if k != "quality"}

@@ -1,0 +1,84 @@
+"""The paper's claims, each with a verdict by a rule fixed in params.yaml, applied by code.
+
+A claim is about a difference, GAD minus base, on the same prompts and noises. It is *reproduced* where the whole 95 %
+interval is on its side, *not reproduced* where none of it is, else *undecided*; where the paper says that nothing is
+lost, its side begins `report.loss` below zero.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+
+from . import paths
+from .params import Params, Run
+
+
+@dataclass(frozen=True)
+class Claim:
+    text: str
+    paper: str  # what it reports
+    table: str  # "table1" or "table4"
+    rows: Callable[[pd.DataFrame], pd.Series]  # which of the table's are this difference
+    sign: int  # +1: more is claimed, −1: less
+    loss: bool = False  # "not lower" rather than "higher"
+
+
+CLAIMS = (
+    Claim("Tangents: the JVP cosine with the teacher is higher with GAD", "0.012 → 0.014 (TDM, PixArt-α)", "table1",
+          lambda t: (t["map"] == "difference") & (t["metric"] == "cos"), 1),
+    Claim("Tangents: their error is lower with GAD", "JVP MSE 0.0003 → 0.0002 (TDM, PixArt-α)", "table1",
+          lambda t: (t["map"] == "difference") & (t["metric"] == "relative"), -1),
+    Claim("Quality is not lost (scene accuracy for CLIP and PickScore)", "CLIP and PickScore not lower", "table1",
+          lambda t: (t["map"] == "difference") & (t["metric"] == "scene"), 1, True),
+    Claim("Trajectories: the error at their end is lower with GAD", "0.491 → 0.427, −13 % (TDM, PixArt-α)", "table4",
+          lambda t: (t["metric"] == "change") & (t["step"] == t["step"].max()), -1),
+)
+
+
+def verdict(low: float, high: float, sign: int, margin: float = 0.0) -> str:
+    """Of an interval [low, high] of a difference that is claimed to have `sign`; `margin`: how far beyond zero still
+    counts."""
+    low, high = sorted((sign * low + margin, sign * high + margin))
+    return "reproduced" if low > 0 else "not reproduced" if high < 0 else "undecided"
+
+
+def judge(p: Params, results: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """A row for every claim, backbone and paradigm of the grid. `results`: the long tables by name."""
+    from .tables import label  # tables write what is judged here
+
+    rows = []
+    for claim in CLAIMS:
+        found = results[claim.table]
+        found = found[claim.rows(found)]
+        for backbone in p.grid.backbones:
+            for paradigm in p.grid.paradigms:
+                name = label(Run(backbone, paradigm, "gad", 0))
+                mine = found[(found["backbone"] == backbone) & found["model"].isin({name, f"{name} − base"})]
+                for row in mine.itertuples():
+                    margin = p.report.loss if claim.loss else 0.0
+                    rows.append({"claim": claim.text, "paper": claim.paper, "backbone": backbone, "student": name,
+                                 "difference": row.value, "low": row.low, "high": row.high,
+                                 "verdict": verdict(row.low, row.high, claim.sign, margin)})
+    return pd.DataFrame(rows)
+
+
+def write(p: Params, results: dict[str, pd.DataFrame]):
+    """reports/claims.md."""
+    found = judge(p, results)
+    text = [
+        "# The paper's claims, in miniature",
+        "GAD minus base on the same test prompts and noises, with 95 % bootstrap intervals over prompts; one row a "
+        f"student of the grid, distillation seeds {', '.join(map(str, p.seeds.distill))}. *Reproduced*: the whole "
+        "interval is on the claimed side of zero; *not reproduced*: none of it; else *undecided*. Where nothing is "
+        f"claimed to be lost, a loss of up to {p.report.loss:g} (`report.loss`) counts as none. A miniature can "
+        "support a claim about the method; it cannot refute one about the paper's models.",
+    ]
+    for claim in CLAIMS:
+        rows = found[found["claim"] == claim.text] if len(found) else found
+        if len(rows):
+            cells = [f"{v:+.3g} [{a:+.3g}, {b:+.3g}]" for v, a, b in rows[["difference", "low", "high"]].to_numpy()]
+            shown = rows[["backbone", "student"]].assign(difference=cells, verdict=rows["verdict"])
+            text += [f"## {claim.text}", f"The paper: {claim.paper}.", shown.to_markdown(index=False)]
+    (paths.REPORTS / "claims.md").write_text("\n\n".join(text) + "\n")
+    return found

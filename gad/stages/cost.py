@@ -1,0 +1,121 @@
+"""What GAD costs: a step's time and memory beside the base's, for every paradigm, in the same run."""
+
+import gc
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+
+from .. import paths
+from ..backbones import load
+from ..distill import Distillation
+from ..paradigms import PARADIGMS
+from ..params import Params
+from ..tangents import Samples, Tangents
+from ..training import step_generator, update
+from ..world import scenes
+from .common import prepare, write_csv
+
+NOTE = """# What a step costs
+
+`python -m gad cost {backbone} {blocks}`: {device}, batch {batch}, `{form}` form with {pairs} pairs.
+Base and GAD take turns, {blocks} blocks each; medians of a step, and of the ratio of neighbouring blocks, with a 95 %
+bootstrap interval over blocks. Memory is the peak of the process (CPU) or of what is allocated (GPU).
+
+"""
+
+
+def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
+    """Time every paradigm's step without and with GAD (`gad.every` 1 and 4) on `backbone`; a row each, kept in
+    reports/cost.csv. A block is as many steps as a cycle of all that takes turns is long."""
+    accelerator = prepare(p, p.distill.precision)
+    model = load(backbone, p).to(accelerator.device)
+    which, endpoints = p.backbones[backbone], paths.endpoints(backbone)
+    tangents = Tangents.load(endpoints / "train.safetensors", model)
+    samples = Samples.load(endpoints / "samples.safetensors", model)
+    cond = model.encode(scenes.sample(p.distill.prompts, p.seeds.world, "train").captions())
+    rows = []
+    for name in p.paradigms:
+        paradigm = PARADIGMS[name](model, which.student_steps, which.cfg, p.paradigms[name], p.distill)
+        terms = {"base": None} | {
+            k: p.gad.model_copy(update={"every": every}) for k, every in (("gad", 1), ("every", 4))
+        }
+        tasks = {
+            k: Distillation(paradigm, cond, tangents, term, p.distill.batch, 0, samples) for k, term in terms.items()
+        }
+        cycle = int(p.paradigms[name].get("ratio", 1)) * 4
+        timed = {k: _Timed(task, cycle, accelerator) for k, task in tasks.items()}
+        for k in timed:  # warm up
+            timed[k]()
+        seconds = pd.DataFrame([{k: timed[k]() for k in timed} for _ in range(blocks)])
+        row = {"backbone": backbone, "paradigm": name, "seconds": seconds["base"].median()}
+        rng = np.random.default_rng(0)
+        for k in ("gad", "every"):
+            ratio = (seconds[k] / seconds["base"]).to_numpy()
+            draws = np.median(ratio[rng.integers(0, blocks, (p.report.bootstrap, blocks))], 1)
+            row |= {k: np.median(ratio), f"{k}_low": np.percentile(draws, 2.5), f"{k}_high": np.percentile(draws, 97.5)}
+        row |= {f"memory_{k}": timed[k].memory for k in timed}
+        rows.append(row)
+        told = f"{name}: GAD {row['gad']:.2f} times the base, each 4th step {row['every']:.2f}"
+        print(told, file=sys.stderr, flush=True)
+        del paradigm, tasks, timed
+        gc.collect()
+    _write(pd.DataFrame(rows), p, backbone, blocks, accelerator.device)
+    return rows
+
+
+class _Timed:
+    """Mean seconds of a step over one block, at each call; `memory`: the highest peak so far, in MB."""
+
+    def __init__(self, task, cycle, accelerator):
+        self.task, self.cycle, self.accelerator, self.step, self.memory = task, cycle, accelerator, 0, 0.0
+        for role in task.roles.values():
+            role.module.to(accelerator.device)
+
+    def __call__(self):
+        device = self.accelerator.device
+        gc.collect()
+        _forget_peak(device)
+        began = time.perf_counter()
+        for _ in range(self.cycle):
+            # At a rate of zero: what is timed stays where training begins.
+            update(self.task, self.step, step_generator(0, self.step, device), 0.0, self.accelerator)
+            self.step += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = (time.perf_counter() - began) / self.cycle
+        self.memory = max(self.memory, _peak(device))
+        return seconds
+
+
+def _forget_peak(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with open("/proc/self/clear_refs", "w") as f:  # Linux: the peak of resident memory starts anew
+            f.write("5")
+
+
+def _peak(device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    with open("/proc/self/status") as f:
+        return int(next(line for line in f if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def _write(frame, p, backbone, blocks, device):
+    path = paths.REPORTS / "cost.csv"
+    write_csv(path, frame)
+    cells = pd.DataFrame({"paradigm": frame["paradigm"], "base, s": frame["seconds"].map("{:.3g}".format)})
+    for key, title in (("gad", "GAD / base"), ("every", "GAD each 4th step / base")):
+        parts = zip(frame[key], frame[f"{key}_low"], frame[f"{key}_high"], strict=True)
+        cells[title] = ["{:.2f} [{:.2f}, {:.2f}]".format(*part) for part in parts]
+    for key, title in (("base", "base, MB"), ("gad", "GAD, MB")):
+        cells[title] = frame[f"memory_{key}"].round().astype(int)
+    what = torch.cuda.get_device_name() if device.type == "cuda" else f"{p.threads} CPU thread(s)"
+    note = NOTE.format(
+        backbone=backbone, blocks=blocks, device=what, batch=p.distill.batch, form=p.gad.form, pairs=p.gad.pairs
+    )
+    path.with_suffix(".md").write_text(note + cells.to_markdown(index=False) + "\n")

@@ -1,0 +1,96 @@
+"""The study notebooks run, from where JupyterLab starts them and from the root, and what they say is so."""
+
+import json
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from traitlets.config import Config
+
+from gad.params import ROOT
+
+STUDY = ROOT / "notebooks" / "study"
+
+
+def run(name, cwd, facts, **parameters):
+    """Executes a notebook with other parameters; returns `facts`, an expression in its variables, through JSON."""
+    notebook = nbformat.read(STUDY / f"{name}.ipynb", 4)
+    cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
+    cell.source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
+    notebook.cells.append(nbformat.v4.new_code_cell(f"import json, sys\nprint(json.dumps({facts}))"))
+    config = Config({"KernelManager": {"transport_encryption": "auto"}})
+    client = NotebookClient(notebook, timeout=900, kernel_name="python3", config=config,
+                            resources={"metadata": {"path": str(cwd)}})
+    client.execute()
+    return json.loads(notebook.cells[-1].outputs[0].text)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    facts = """{
+        "results": {form: {key: value.tolist() for key, value in result.items()} for form, result in results.items()},
+        "random": starts.index("identity"),
+        "transport": transport.values.tolist(),
+        "on a mode": (distance < 3).float().mean().item(),
+        "remains": remains,
+        "precision": {"/".join(key): [c[0] for c in curve] for key, curve in precision.items()},
+        "sizes": sizes.tolist(),
+    }"""
+    return run("toy_2d", ROOT, facts, steps=300, directions=128)
+
+
+@pytest.mark.slow
+def test_the_exact_ode_carries_noise_to_the_mixture(toy):
+    for weight, share, spread in toy["transport"]:
+        assert share == pytest.approx(weight, abs=0.015) and spread == pytest.approx(0.3, abs=0.02)
+    assert toy["on a mode"] > 0.97
+
+
+@pytest.mark.slow
+def test_the_map_form_brings_the_teachers_tangents(toy):
+    base, with_map = (toy["results"][form] for form in ("base", "map"))
+    n = toy["random"]
+    assert min(with_map["JVP cosine"]) > 0.97 and max(with_map["folded"]) < 0.02
+    assert sum(base["JVP cosine"][:n]) / n < 0.6  # from random weights
+    assert all(b < m - 0.02 for b, m in zip(base["JVP cosine"], with_map["JVP cosine"], strict=True))
+    assert all(b > m + 0.05 for b, m in zip(base["folded"], with_map["folded"], strict=True))
+    assert all(m > b - 0.03 for b, m in zip(base["mode coverage"], with_map["mode coverage"], strict=True))
+
+
+@pytest.mark.slow
+def test_the_score_form_has_no_mean_and_the_paired_one_has(toy):
+    assert toy["remains"]["score"] < 2 / 128**0.5
+    assert toy["remains"]["paired-score"] > 0.3
+    n = toy["random"]
+    for base, score in zip(*(toy["results"][form]["JVP cosine"][n:] for form in ("base", "score")), strict=True):
+        assert score == pytest.approx(base, abs=0.1)
+
+
+@pytest.mark.slow
+def test_half_precision_leaves_little_of_a_small_difference(toy):
+    fine = [c for c, h in zip(toy["precision"]["fp32/forward"], toy["sizes"], strict=True) if h < 0.05]
+    coarse = [c for c, h in zip(toy["precision"]["fp16/forward"], toy["sizes"], strict=True) if h < 2e-4]
+    assert min(fine) > 0.99 and max(coarse) < 0.7
+
+
+@pytest.mark.slow
+def test_ten_lines_run_and_take_geometry_alone():
+    if not (ROOT / "data/teachers/sd2/model_index.json").is_file():
+        pytest.skip("needs the miniature SD2: `make reproduce` fetches it")
+    facts = """{
+        "modules": sorted(m for m in sys.modules if m.startswith("gad.")),
+        "logs": [log.values.tolist() for log in (log_without, log_with)],
+        "cosines": {name: c.tolist() for name, c in cosines.items()},
+    }"""
+    found = run("gad_in_ten_lines", STUDY, facts, steps=2, pairs=4)
+    assert found["modules"] == ["gad.geometry"]
+    without, with_gad = found["logs"]
+    assert without[0] == with_gad[0] and without[1] != with_gad[1]  # the same draws; other students after a step
+    start, *trained = found["cosines"].values()
+    assert all(0 < sum(c) / len(c) < 1 and c != start for c in trained)
+
+
+def test_ten_lines_are_ten():
+    notebook = nbformat.read(STUDY / "gad_in_ten_lines.ipynb", 4)
+    cell = next(c for c in notebook.cells if c.id == "gad")
+    assert sum(bool(line.strip()) for line in cell.source.splitlines()) <= 10
