@@ -45,10 +45,10 @@ lab: install ## JupyterLab on the notebooks
 
 lint: install ## ruff, and that the notebooks hold no outputs
 	$(BIN)/ruff check .
-	$(STRIP) --verify notebooks/*.ipynb
+	$(STRIP) --verify notebooks/*.ipynb notebooks/study/*.ipynb
 
 strip: install ## outputs out of the notebooks (DVC takes a notebook with outputs for a changed one)
-	$(STRIP) notebooks/*.ipynb
+	$(STRIP) notebooks/*.ipynb notebooks/study/*.ipynb
 
 lock: install ## requirements.lock from pyproject.toml, keeping versions; UPGRADE=1 takes the newest
 	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \

@@ -132,15 +132,15 @@ def save_student(run: Run, p: Params, backbone: Backbone, student, folder: Path)
     """The student as a pipeline folder of plain diffusers, with a model card and gad.json."""
     which = p.backbones[run.backbone]
     pipeline = backbone.pipeline
-    for part in pipeline.components.values():
-        if hasattr(part, "register_to_config"):
-            part.register_to_config(_name_or_path=run.backbone)  # not the path it was loaded from
     teacher, scheduler = backbone.network, pipeline.scheduler
     shutil.rmtree(folder, ignore_errors=True)
     try:
         pipeline.register_modules(
             **{backbone.part: student.to("cpu")}, scheduler=backbone.scheduler(which.student_steps)
         )
+        for part in (pipeline, *pipeline.components.values()):
+            if hasattr(part, "register_to_config"):
+                part.register_to_config(_name_or_path=run.backbone)  # not the path it was loaded from
         pipeline.save_pretrained(folder)
     finally:
         pipeline.register_modules(**{backbone.part: teacher}, scheduler=scheduler)

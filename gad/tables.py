@@ -102,8 +102,8 @@ def models(p: Params, backbone: str) -> dict[tuple[str, str], list[dict]]:
 
 
 def table1(p: Params) -> pd.DataFrame:
-    """Long form: backbone, model, map, metric, value, low, high; each variant minus its base is paired over
-    prompts."""
+    """Long form: backbone, model, map, metric, value, low, high; each variant minus its base, and GAD minus
+    each control, are paired over prompts."""
     n, noises, rows = p.report.bootstrap, p.evaluation.noises, []
 
     def add(backbone, model, where, measured):
@@ -126,10 +126,14 @@ def table1(p: Params) -> pd.DataFrame:
             if variant == "base" and "hybrid" in results[0]:
                 hybrid, name = [r["hybrid"] for r in results], f"{name}, first step by the teacher"
                 add(backbone, name, "endpoint", measure([r["endpoint"] for r in hybrid], n, noises))
-                add(backbone, name, "images", accuracy(hybrid, n))
+                add(backbone, name, "images", accuracy(hybrid, n) | share(hybrid, teacher, n))
             if variant != "base" and (paradigm, "base") in found:
                 base = found[paradigm, "base"]
                 add(backbone, f"{name} − base", "difference", difference(base, results, n, noises))
+            if variant in p.controls and (paradigm, "gad") in found:
+                gad = found[paradigm, "gad"]
+                add(backbone, f"{label(Run(backbone, paradigm, 'gad', 0))} − ({name})", "difference",
+                    difference(results, gad, n, noises))
     return pd.DataFrame(rows)
 
 
@@ -182,7 +186,7 @@ def write(p: Params) -> pd.DataFrame:
         f"GAD: form `{p.gad.form}`, h = {p.gad.h}, λ = {p.gad.lam} on {_weighted(p)}.",
         "## Endpoint map z → x0, and images",
         wide(long, ["endpoint", "images"], [*geometry, *quality]).to_markdown(index=False),
-        "## Minus the base, paired",
+        "## Differences, paired",
         wide(long, ["difference"], [*DIFFERENCES, "scene", "colour_count"]).to_markdown(index=False),
         "## Local map x_t → x̂0", wide(long, levels, geometry).to_markdown(index=False),
         "## The paper's Table 1 (PixArt-α at full size; not comparable in scale)", PAPER.to_markdown(index=False),

@@ -172,6 +172,8 @@ def test_claims_are_judged_by_the_grids_own_rows():
         ("sana", "TDM + RKD − base", "difference", "cos", 0.2, 0.15, 0.25),
         ("sana", "TDM + GAD", "endpoint", "cos", 0.5, 0.4, 0.6),
         ("sana", "TDM + GAD − base", "difference", "scene", -0.1, -0.13, -0.06),
+        ("sana", "TDM + GAD − (TDM + unrelated tangents)", "difference", "cos", 0.01, -0.02, 0.04),
+        ("sana", "TDM + GAD − (TDM + RKD)", "difference", "cos", 0.1, 0.05, 0.15),
     ], columns=keys)
     table4 = pd.DataFrame([
         ("sana", "TDM + GAD", 1, "change", 0.1, 0.05, 0.15), ("sana", "TDM + GAD", 2, "change", -0.1, -0.2, -0.05),
@@ -179,5 +181,5 @@ def test_claims_are_judged_by_the_grids_own_rows():
     grid = SimpleNamespace(backbones=["sana"], paradigms=["tdm"])
     p = SimpleNamespace(grid=grid, report=SimpleNamespace(loss=0.05))
     found = claims.judge(p, {"table1": table1, "table4": table4})
-    assert found["verdict"].tolist() == ["reproduced", "not reproduced", "reproduced"]
-    assert found["difference"].tolist() == [0.1, -0.1, -0.1]
+    assert found["verdict"].tolist() == ["reproduced", "undecided", "not reproduced", "reproduced"]
+    assert found["difference"].tolist() == [0.1, 0.01, -0.1, -0.1]
