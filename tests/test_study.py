@@ -82,7 +82,7 @@ def test_ten_lines_run_and_take_geometry_alone():
         "logs": [log.values.tolist() for log in (log_without, log_with)],
         "cosines": {name: c.tolist() for name, c in cosines.items()},
     }"""
-    found = run("gad_in_ten_lines", STUDY, facts, steps=2, pairs=4)
+    found = run("gad_in_ten_lines", STUDY, facts, steps=2, pairs=4, noises=8)
     assert found["modules"] == ["gad.geometry"]
     without, with_gad = found["logs"]
     assert without[0] == with_gad[0] and without[1] != with_gad[1]  # the same draws; other students after a step
