@@ -12,6 +12,7 @@ import pandas as pd
 
 from . import paths
 from .params import Params, Run
+from .tables import cell, label
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,6 @@ def verdict(low: float, high: float, sign: int, margin: float = 0.0) -> str:
 
 def judge(p: Params, results: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """A row for every claim, backbone and paradigm of the grid. `results`: the long tables by name."""
-    from .tables import label  # tables write what is judged here
-
     rows = []
     for claim in CLAIMS:
         found = results[claim.table]
@@ -85,7 +84,7 @@ def write(p: Params, results: dict[str, pd.DataFrame]):
     for claim in CLAIMS:
         rows = found[found["claim"] == claim.text] if len(found) else found
         if len(rows):
-            cells = [f"{v:+.3g} [{a:+.3g}, {b:+.3g}]" for v, a, b in rows[["difference", "low", "high"]].to_numpy()]
+            cells = [cell(*x, "+.3g") for x in rows[["difference", "low", "high"]].to_numpy()]
             shown = rows[["backbone", "student"]].assign(difference=cells, verdict=rows["verdict"])
             text += [f"## {claim.text}", f"The paper: {claim.paper}.", shown.to_markdown(index=False)]
     (paths.REPORTS / "claims.md").write_text("\n\n".join(text) + "\n")

@@ -55,7 +55,7 @@ def distill(
     prompts: list[str],
     teacher: Tangents,
     test: Tangents,
-    samples: Samples,
+    samples: Samples | None,
     folder: Path,
     work: Path,
     accelerator,
@@ -70,7 +70,7 @@ def distill(
     paradigm = PARADIGMS[run.paradigm](backbone, which.student_steps, which.cfg, p.paradigms[run.paradigm], d)
     gad, steps = p.term(run.variant), p.steps(run.paradigm, run.variant)
     cond = backbone.encode(prompts)
-    task = Distillation(paradigm, cond, teacher, gad, d.batch, run.seed, samples if paradigm.paired else None)
+    task = Distillation(paradigm, cond, teacher, gad, d.batch, run.seed, samples)
     probes, every = {}, max(1, steps // 8)
     probe_file = work / f"probes-{identity_key(identity)[:8]}.json"
     if probe_file.exists():

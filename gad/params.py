@@ -192,10 +192,8 @@ class Params(_Section):
         # By file names: importing the registries would cost every command the import of torch.
         backbones = {f.stem for f in (ROOT / "gad/backbones").glob("*.py")} - {"__init__", "base", "tokens"}
         paradigms = {f.stem for f in (ROOT / "gad/paradigms").glob("*.py")} - {"__init__", "base", "forms"}
-        blocks = {"grid": self.grid, "further.paradigms": self.further.paradigms,
-                  "further.controls": self.further.controls}
         checks = []
-        for key, block in blocks.items():
+        for key, block in self.blocks.items():
             if not block.runs(self.seeds.distill):
                 continue
             variants = self.controls if key == "further.controls" else ("base", "gad")
@@ -237,8 +235,12 @@ class Params(_Section):
 
     def runs(self) -> list["Run"]:
         """Every student, the grid's first, in the pipeline's order. Results are collected by this list alone."""
-        blocks = (self.grid, self.further.paradigms, self.further.controls)
-        return [run for block in blocks for run in block.runs(self.seeds.distill)]
+        return [run for block in self.blocks.values() for run in block.runs(self.seeds.distill)]
+
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """The grid and what is beside it, by key."""
+        return {"grid": self.grid} | {f"further.{name}": block for name, block in self.further}
 
     def term(self, variant: str) -> Gad | None:
         """What `variant` adds to the paradigm's loss: None for nothing."""

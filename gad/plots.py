@@ -1,5 +1,7 @@
 """The figures, from cached results alone. One colour a method, 95 % intervals over prompts."""
 
+from itertools import cycle
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -59,7 +61,7 @@ def _interval(values, key: str, n=500):
 
 def figure2(p: Params):
     """Values match, tangents don't: over noise levels (left) and over training (right), a row a backbone."""
-    n, lines = len(p.grid.backbones), dict(zip(p.grid.paradigms, ("-", "--", ":", "-."), strict=False))
+    n, lines = len(p.grid.backbones), dict(zip(p.grid.paradigms, cycle(("-", "--", ":", "-.")), strict=False))
     figure, axes = plt.subplots(n, 4, figsize=(12, 2.5 * n), squeeze=False, sharex="col")
     for row, backbone in zip(axes, p.grid.backbones, strict=True):
         for run in _runs(p, backbone):

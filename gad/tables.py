@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import claims, paths
+from . import paths
 from .evaluation.geometry import bootstrap, spectral_kl
 from .params import Params, Run
 
@@ -54,6 +54,11 @@ def read(path: Path) -> dict:
 def label(run: Run) -> str:
     name = {"sid": "SiD", "swiftbrush": "SwiftBrush"}.get(run.paradigm, run.paradigm.upper())
     return name + VARIANTS.get(run.variant, f" + {run.variant}")
+
+
+def cell(value: float, low: float, high: float, spec: str = ".3g") -> str:
+    """A number with its interval, as tables show it."""
+    return f"{value:{spec}} [{low:{spec}}, {high:{spec}}]"
 
 
 def _prompts(points: int, noises: int, seeds: int) -> np.ndarray:
@@ -124,9 +129,9 @@ def table1(p: Params) -> pd.DataFrame:
                 add(backbone, name, f"local t={level}", measure([r["local"][level] for r in results], n, noises))
             add(backbone, name, "images", accuracy(results, n) | share(results, teacher, n))
             if variant == "base" and "hybrid" in results[0]:
-                hybrid, name = [r["hybrid"] for r in results], f"{name}, first step by the teacher"
-                add(backbone, name, "endpoint", measure([r["endpoint"] for r in hybrid], n, noises))
-                add(backbone, name, "images", accuracy(hybrid, n) | share(hybrid, teacher, n))
+                hybrid, mixed = [r["hybrid"] for r in results], f"{name}, first step by the teacher"
+                add(backbone, mixed, "endpoint", measure([r["endpoint"] for r in hybrid], n, noises))
+                add(backbone, mixed, "images", accuracy(hybrid, n) | share(hybrid, teacher, n))
             if variant != "base" and (paradigm, "base") in found:
                 base = found[paradigm, "base"]
                 add(backbone, f"{name} − base", "difference", difference(base, results, n, noises))
@@ -154,7 +159,7 @@ def difference(base: list[dict], gad: list[dict], n: int, noises: int) -> dict[s
 def wide(long: pd.DataFrame, maps: list[str], metrics: list[str]) -> pd.DataFrame:
     """One row a model, cells `value [low, high]`."""
     part = long[long["map"].isin(maps) & long["metric"].isin(metrics)].copy()
-    part["cell"] = [f"{v:.3g} [{a:.3g}, {b:.3g}]" for v, a, b in part[["value", "low", "high"]].to_numpy()]
+    part["cell"] = [cell(*x) for x in part[["value", "low", "high"]].to_numpy()]
     index = ["backbone", "map", "model"] if len(maps) > 1 and maps[0].startswith("local") else ["backbone", "model"]
     order = part[index].drop_duplicates()
     table = part.pivot(index=index, columns="metric", values="cell").loc[list(map(tuple, order.to_numpy()))]
@@ -169,8 +174,8 @@ def _weighted(p: Params) -> str:
     return f"responses divided by h; the paper's λ, of differences not divided, is λ / h² = {p.gad.lam / p.gad.h**2:g}"
 
 
-def write(p: Params) -> pd.DataFrame:
-    """reports/tables/*, reports/claims.md, reports/metrics.json; returns Table 1 in long form."""
+def write(p: Params) -> dict[str, pd.DataFrame]:
+    """reports/tables/*, reports/metrics.json; returns the tables in long form, by name."""
     paths.TABLES.mkdir(parents=True, exist_ok=True)
     long = table1(p)
     long.to_csv(paths.TABLES / "table1.csv", index=False, float_format="%.5g", lineterminator="\n")
@@ -196,14 +201,14 @@ def write(p: Params) -> pd.DataFrame:
     summary = wide(long[long["model"].isin(grid)], ["endpoint", "images"],
                    ["cos", "ratio", "spectral_kl", "relative", "scene"]).to_markdown(index=False) + "\n"
     (paths.TABLES / "summary.md").write_text(summary)
-    claims.write(p, {"table1": long, "table4": _write_table4(p)})
+    trajectories = _write_table4(p)
     teachers = _teachers(p)
     metrics = {"teachers": teachers, "students": {}}
     for row in long[long["map"].isin(["endpoint", "images", "difference"])].itertuples():
         of = metrics["students"].setdefault(row.backbone, {}).setdefault(row.model, {})
         of[row.metric] = float(f"{row.value:.4g}")
     paths.METRICS.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    return long
+    return {"table1": long, "table4": trajectories}
 
 
 def _teachers(p: Params) -> dict[str, dict]:
@@ -211,17 +216,16 @@ def _teachers(p: Params) -> dict[str, dict]:
     rows, cells, found = [], [], {}
     for backbone in p.grid.backbones:
         made = read(paths.teacher_metrics(backbone))
-        row = {"backbone": backbone}
-        cell = dict(row)
-        for key, (value, low, high) in accuracy([made], p.report.bootstrap).items():
-            row |= {key: value, f"{key}_low": low, f"{key}_high": high}
-            cell[COLUMNS[key]] = f"{value:.3f} [{low:.3f}, {high:.3f}]"
+        row, shown = {"backbone": backbone}, {"backbone": backbone}
+        for key, interval in accuracy([made], p.report.bootstrap).items():
+            row |= dict(zip((key, f"{key}_low", f"{key}_high"), interval, strict=True))
+            shown[COLUMNS[key]] = cell(*interval, ".3f")
         row |= {k: made[k] for k in ("spread", "spread_world")}
         row["spread_share"] = row["spread"] / row["spread_world"]
-        cell |= {"spread, px": f"{row['spread']:.1f}", "the world's": f"{row['spread_world']:.1f}",
-                 "share": f"{row['spread_share']:.2f}"}
+        shown |= {"spread, px": f"{row['spread']:.1f}", "the world's": f"{row['spread_world']:.1f}",
+                  "share": f"{row['spread_share']:.2f}"}
         rows.append(row)
-        cells.append(cell)
+        cells.append(shown)
         found[backbone] = {k: round(v, 4) for k, v in row.items() if k != "backbone"}
     pd.DataFrame(rows).to_csv(paths.TABLES / "teachers.csv", index=False, float_format="%.4g", lineterminator="\n")
     text = (
@@ -273,9 +277,8 @@ def _write_table4(p: Params) -> pd.DataFrame:
     for metric, title in (("relative", "Accumulated, relative"), ("change", "Change by what was added, paired"),
                           ("local", "Local, relative"), ("rmse", "Accumulated, RMS per element")):
         part = long[long["metric"] == metric]
-        percent = metric == "change"
-        cells = [f"{v:+.1%} [{a:+.1%}, {b:+.1%}]" if percent else f"{v:.3g} [{a:.3g}, {b:.3g}]"
-                 for v, a, b in part[["value", "low", "high"]].to_numpy()]
+        spec = "+.1%" if metric == "change" else ".3g"
+        cells = [cell(*x, spec) for x in part[["value", "low", "high"]].to_numpy()]
         part = part.assign(cell=cells, step=[f"after step {k}" for k in part["step"]])
         order = part[["backbone", "model"]].drop_duplicates()
         if len(order):

@@ -11,8 +11,10 @@ import torch
 from .. import paths
 from ..backbones import load
 from ..distill import Distillation
+from ..evaluation.geometry import bootstrap
 from ..paradigms import PARADIGMS
 from ..params import Params
+from ..tables import cell
 from ..tangents import Samples, Tangents
 from ..training import step_generator, update
 from ..world import scenes
@@ -51,11 +53,10 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
             timed[k]()
         seconds = pd.DataFrame([{k: timed[k]() for k in timed} for _ in range(blocks)])
         row = {"backbone": backbone, "paradigm": name, "seconds": seconds["base"].median()}
-        rng = np.random.default_rng(0)
         for k in ("gad", "every"):
             ratio = (seconds[k] / seconds["base"]).to_numpy()
-            draws = np.median(ratio[rng.integers(0, blocks, (p.report.bootstrap, blocks))], 1)
-            row |= {k: np.median(ratio), f"{k}_low": np.percentile(draws, 2.5), f"{k}_high": np.percentile(draws, 97.5)}
+            found = bootstrap(lambda i, x=ratio: np.median(x[i]), np.arange(blocks), p.report.bootstrap)
+            row |= dict(zip((k, f"{k}_low", f"{k}_high"), found, strict=True))
         row |= {f"memory_{k}": timed[k].memory for k in timed}
         rows.append(row)
         told = f"{name}: GAD {row['gad']:.2f} times the base, each 4th step {row['every']:.2f}"
@@ -110,8 +111,7 @@ def _write(frame, p, backbone, blocks, device):
     write_csv(path, frame)
     cells = pd.DataFrame({"paradigm": frame["paradigm"], "base, s": frame["seconds"].map("{:.3g}".format)})
     for key, title in (("gad", "GAD / base"), ("every", "GAD each 4th step / base")):
-        parts = zip(frame[key], frame[f"{key}_low"], frame[f"{key}_high"], strict=True)
-        cells[title] = ["{:.2f} [{:.2f}, {:.2f}]".format(*part) for part in parts]
+        cells[title] = [cell(*x, ".2f") for x in frame[[key, f"{key}_low", f"{key}_high"]].to_numpy()]
     for key, title in (("base", "base, MB"), ("gad", "GAD, MB")):
         cells[title] = frame[f"memory_{key}"].round().astype(int)
     what = torch.cuda.get_device_name() if device.type == "cuda" else f"{p.threads} CPU thread(s)"

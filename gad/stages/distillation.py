@@ -11,11 +11,12 @@ from .. import distill as students
 from .. import paths
 from ..backbones import load
 from ..evaluation.geometry import bootstrap, compare, endpoint, tangents
+from ..paradigms import PARADIGMS
 from ..params import Params, Run
+from ..tables import cell
 from ..tangents import Samples, Tangents
 from ..world import scenes
 from ..world import teacher as teachers
-from ..world.detector import judge
 from .common import prepare, write_csv
 
 
@@ -33,7 +34,9 @@ def _student(run, p, folder, work):
     backbone = load(run.backbone, p).to(accelerator.device)
     endpoints = paths.endpoints(run.backbone)
     train, test = (Tangents.load(endpoints / f"{k}.safetensors", backbone) for k in ("train", "probe"))
-    term, samples = p.term(run.variant), Samples.load(endpoints / "samples.safetensors", backbone)
+    paired = PARADIGMS[run.paradigm].paired
+    samples = Samples.load(endpoints / "samples.safetensors", backbone) if paired else None
+    term = p.term(run.variant)
     config = {
         "run": list(run), "distill": p.distill.model_dump(), "paradigm": p.paradigms[run.paradigm],
         "backbone": p.backbones[run.backbone].model_dump(), "teacher": train.x0.double().sum().item(),
@@ -63,8 +66,6 @@ def trial(run: Run, p: Params, settings: dict, prompts: int = 128, noises: int =
     log, _, backbone = _student(run, p, work / "student", work)
     seconds = time.monotonic() - began
     student = load(work / "student").to(backbone.device).network
-    world = scenes.sample(prompts, seed, "test")
-    objects = [world.objects(i) for i in range(prompts)]
     row = {
         "backbone": run.backbone, "paradigm": run.paradigm, "variant": run.variant, "seed": run.seed,
         "settings": " ".join(f"{k}={v}" for k, v in sorted(settings.items())),
@@ -73,9 +74,10 @@ def trial(run: Run, p: Params, settings: dict, prompts: int = 128, noises: int =
     for name, network, steps, cfg in (
         ("scene", student, which.student_steps, 1.0), ("teacher", backbone.network, which.teacher_steps, which.cfg)
     ):
-        right = judge(teachers.generate(backbone, network, world.captions(), steps, cfg, seed), objects)["scene"]
-        row |= _interval(name, right.astype(float), p)
-    z, v, cond = Tangents.inputs(backbone, world.captions()[:noises], (seed, seed + 1))
+        right = teachers.quality(backbone, network, prompts, steps, cfg, seed)
+        row |= _interval(name, np.array(right["scene"]), p)
+    captions = scenes.sample(prompts, seed, "test").captions()
+    z, v, cond = Tangents.inputs(backbone, captions[:noises], (seed, seed + 1))
     (_, own), (_, its) = (
         tangents(lambda c, m=m: endpoint(backbone, m[0], c, m[1], m[2]), z, v, cond, p.evaluation.batch, str(run))
         for m in ((student, which.student_steps, 1.0), (backbone.network, which.teacher_steps, which.cfg))
@@ -102,6 +104,5 @@ def _append(path: Path, row: dict):
     write_csv(path, frame)
     cells = frame[["backbone", "paradigm", "variant", "settings", "steps"]].copy()
     for key, name in (("scene", "scene accuracy"), ("teacher", "its teacher's"), ("cos", "JVP cos")):
-        values = zip(*(frame[k] for k in (key, f"{key}_low", f"{key}_high")), strict=True)
-        cells[name] = [f"{a:.3g} [{b:.3g}, {c:.3g}]" for a, b, c in values]
+        cells[name] = [cell(*x) for x in frame[[key, f"{key}_low", f"{key}_high"]].to_numpy()]
     path.with_suffix(".md").write_text(NOTE + cells.to_markdown(index=False) + "\n")

@@ -29,9 +29,10 @@ def evaluate(run: Run, p: Params) -> dict:
             lambda c: geometry.endpoint(teacher, student.network, c, steps, first=first),
             test.z, test.v, test.cond, e.batch, str(run),
         )
-        right = teachers.quality(teacher, student.network, e.quality_prompts, steps, 1.0, seed, first)
-        return {"endpoint": geometry.row(y, jv, test.x0, test.jv),
-                "quality": {k: v.astype(int).tolist() for k, v in right.items()}}
+        right = teachers.quality(
+            teacher, student.network, e.quality_prompts, steps, 1.0, seed + teachers.QUALITY, first
+        )
+        return {"endpoint": geometry.row(y, jv, test.x0, test.jv), "quality": right}
 
     out = {"run": str(run), **measured()}
     out["local"] = geometry.local_rows(teacher, student.network, test, which.cfg, e.batch)

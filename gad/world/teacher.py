@@ -130,7 +130,7 @@ def evaluate(backbone, network, steps: int, cfg: float, seed: int, prompts: int 
     prompts."""
     world = scenes.sample(prompts, seed + QUALITY, "test")
     objects = [world.objects(i) for i in range(prompts)]
-    right = quality(backbone, network, prompts, steps, cfg, seed)
+    right = quality(backbone, network, prompts, steps, cfg, seed + QUALITY)
     ours, theirs = [], []
     for i in range(min(8, prompts)):
         wanted = [objects[i]] * seeds
@@ -138,17 +138,19 @@ def evaluate(backbone, network, steps: int, cfg: float, seed: int, prompts: int 
         ours.append(spread(centres(images, wanted)))
         theirs.append(spread(centres(scenes.relayout(world[i], 512, seed + i).render(), [objects[i]] * 512)))
     return {
-        **{k: float(v.mean()) for k, v in right.items()},
+        **{k: float(np.mean(v)) for k, v in right.items()},
         "spread": float(np.mean(ours)), "spread_world": float(np.mean(theirs)),
-        "quality": {k: v.astype(int).tolist() for k, v in right.items()},
+        "quality": right,
     }
 
 
-def quality(backbone, network, prompts: int, steps: int, cfg: float, seed: int, first=None) -> dict[str, np.ndarray]:
-    """Scene accuracies, prompt by prompt, on `prompts` test prompts with one noise each, the same for all models."""
-    world = scenes.sample(prompts, seed + QUALITY, "test")
-    images = generate(backbone, network, world.captions(), steps, cfg, seed + QUALITY, first=first)
-    return judge(images, [world.objects(i) for i in range(prompts)])
+def quality(backbone, network, prompts: int, steps: int, cfg: float, seed: int, first=None) -> dict[str, list[int]]:
+    """Scene accuracies, 0 or 1 for each of a seed's `prompts` test prompts with one noise each, the same for all
+    models."""
+    world = scenes.sample(prompts, seed, "test")
+    images = generate(backbone, network, world.captions(), steps, cfg, seed, first=first)
+    right = judge(images, [world.objects(i) for i in range(prompts)])
+    return {k: v.astype(int).tolist() for k, v in right.items()}
 
 
 def spread(points: np.ndarray) -> float:
