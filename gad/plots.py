@@ -120,6 +120,9 @@ def published(p: Params):
                    label="fp16, ‖hv‖ = 0.01 as published")
         right.plot(known["exact_cos"], known["released_element_cos"], "s-", color=shades["fp16"],
                    label="fp16, the published h per element")
+        for ax, values in ((left, sweep.loc[sweep["precision"] == "fp16", "cos"]), (right, known["released_cos"])):
+            if values.isna().all():
+                ax.text(0.97, 0.5, "fp16 overflows", transform=ax.transAxes, ha="right", fontsize=7, color=shades["fp16"])
         for y in (0.012, 0.014):
             right.axhline(y, color="gray", lw=0.7, ls=":")
         right.set(xlabel="true JVP cosine of the student", ylabel="reported cosine", ylim=(-0.1, 1.05))

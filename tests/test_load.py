@@ -32,7 +32,10 @@ def test_a_good_folder_is_the_same_backbone(folder, mini, prompts, z):
     ours, original = load(folder), mini("sd2")
     with torch.no_grad():
         outputs = [b.sample(b.network, z, b.encode(prompts), 2, 2.0) for b in (ours, original)]
-    assert torch.equal(*outputs) and ours.name == "sd2"
+    weights, kept = ours.network.state_dict(), original.network.state_dict()
+    assert ours.name == "sd2" and all(torch.equal(weights[k], kept[k]) for k in kept)
+    # The same bits, yet where they lie in memory may choose another kernel.
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
 def test_missing_folder(tmp_path):
