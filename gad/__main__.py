@@ -17,6 +17,9 @@ def main(argv: list[str] | None = None) -> int:
         ("diagnose", "teacher endpoints, tangents and floors", ("backbone",)),
         ("distill", "train a student", ("backbone", "paradigm", "variant", "seed")),
         ("evaluate", "measure a student", ("backbone", "paradigm", "variant", "seed")),
+        ("judge", "train the world's OpenCLIP model", ()),
+        ("references", "the teacher's side of Tables 2, 3, 5, 6 and Figure 5", ("backbone",)),
+        ("use", "the student's side of them", ("backbone", "paradigm", "variant", "seed")),
         ("trial", "train and measure a student at the --set given; a row of reports/tuning.csv",
          ("backbone", "paradigm", "variant", "seed")),
         ("cost", "time a step of every paradigm without and with GAD; reports/cost.md", ("backbone", "blocks")),
@@ -41,13 +44,13 @@ def main(argv: list[str] | None = None) -> int:
             if getattr(args, name, None) not in (None, *choices):
                 raise ParamsError(f"{name}={getattr(args, name)!r} is unknown: there are {', '.join(choices)}")
         if "paradigm" in args:
-            key = Run(args.backbone, args.paradigm, args.variant, args.seed)
+            key = (Run(args.backbone, args.paradigm, args.variant, args.seed),)
         else:
-            key = args.kind if "kind" in args else args.backbone
+            key = tuple(getattr(args, name) for name in ("kind", "backbone") if name in args)
         from . import stages  # after the checks: it imports torch
 
         further = {"trial": lambda: (overrides,), "cost": lambda: (args.blocks,)}.get(args.command, tuple)()
-        print(json.dumps(getattr(stages, args.command)(key, p, *further), indent=2))
+        print(json.dumps(getattr(stages, args.command)(*key, p, *further), indent=2))
     except (ParamsError, ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"gad: {error}", file=sys.stderr)
         return 1

@@ -19,14 +19,17 @@ from .params import ROOT, load
 PROGRESS = re.compile(r": step \d+/\d+")  # the lines of gad.training that a terminal sees
 LOCAL = "data/students/"  # outputs that are not shipped: missing is no reason to run a stage
 PENDING = paths.resume("fresh")  # stages that an interrupted fresh run still owes
-STUDENTS = ("distill", "evaluate")
+STUDENTS = ("distill", "evaluate", "use")
 ALONE = {"paradigms": {"paradigms": []}, "controls": {"variants": []}}  # no blocks beside the grid
 FRESH = {
     None: (),
     "students": STUDENTS,
-    "all": ("autoencoder", "teacher", "diagnose", *STUDENTS, "tables", "figures"),
+    "all": ("autoencoder", "judge", "teacher", "diagnose", "references", *STUDENTS, "tables", "figures", "page"),
 }
-MINUTES = {"autoencoder": 25, "teacher": 90, "diagnose": 9, "distill": 6, "evaluate": 3}  # measured, one core each
+MINUTES = {  # measured, one core each
+    "autoencoder": 25, "judge": 12, "teacher": 120, "diagnose": 9, "references": 9, "distill": 6, "evaluate": 2,
+    "use": 4, "tables": 2,
+}
 
 
 class PipelineError(RuntimeError):
@@ -237,7 +240,7 @@ def sandbox(folder: Path, overrides: dict, shared: bool = False) -> Path:
     ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
     for name in ("gad", "notebooks"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored, dirs_exist_ok=True)
-    for name in ("dvc.yaml", ".dvcignore", *(["dvc.lock"] if shared else [])):
+    for name in ("dvc.yaml", ".dvcignore", "CITATION.cff", *(["dvc.lock"] if shared else [])):
         shutil.copy(ROOT / name, folder)
     params = _merged(yaml.safe_load((ROOT / "params.yaml").read_text()), overrides)
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -109,7 +118,8 @@ class AutoencoderParams(_Section):
 
 class Cycle(_Section):
     """One cosine cycle of a teacher's training. `focus`: share of the noise levels drawn where layouts are decided;
-    `seed`: added to the world's, so that cycles need not draw the same noises."""
+    `crowded`: scenes are drawn in proportion to their number of objects; `seed`: added to the world's, so that cycles
+    need not draw the same noises."""
 
     steps: PositiveInt
     lr: Positive
@@ -117,6 +127,7 @@ class Cycle(_Section):
     compile: bool
     precision: Precision
     focus: Annotated[float, Field(ge=0, le=1)] = 0.0
+    crowded: bool = False
     seed: int = 0
 
 
@@ -165,9 +176,43 @@ class Evaluation(_Section):
     trajectory_prompts: PositiveInt
 
 
+class Judge(_Section):
+    """Training of the world's OpenCLIP model."""
+
+    steps: PositiveInt
+    batch: Annotated[int, Field(ge=2)]
+    lr: Positive
+    warmup: NonNegativeInt
+
+
+class Uses(_Section):
+    """Sizes of Tables 2, 3, 5, 6 and Figure 5."""
+
+    seeds: Annotated[int, Field(ge=2)]
+    prompts: Annotated[int, Field(ge=2)]
+    train: PositiveInt
+    library: PositiveInt
+    picks: PositiveInt
+    query: PositiveInt
+    layouts: Annotated[int, Field(ge=2)]
+    evals: PositiveInt
+    scale: Positive
+    sweep: list[Positive]
+    draws: PositiveInt
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.train >= self.prompts:
+            raise ValueError(f"train={self.train} leaves none of prompts={self.prompts} to test on: lower it")
+        if self.query > self.prompts:
+            raise ValueError(f"query={self.query} is more than prompts={self.prompts}: lower it")
+        return self
+
+
 class Report(_Section):
     bootstrap: PositiveInt
     loss: NonNegative
+    clip: NonNegative
 
 
 class Params(_Section):
@@ -185,6 +230,8 @@ class Params(_Section):
     distill: Distill
     paradigms: dict[str, dict[str, float]]
     evaluation: Evaluation
+    judge: Judge
+    uses: Uses
     report: Report
 
     @model_validator(mode="after")

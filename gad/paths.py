@@ -42,6 +42,18 @@ def result(run: Run):
     return DATA / "results" / f"{run}.json"
 
 
+def judge():
+    return DATA / "judge"
+
+
+def references(backbone: str):
+    return DATA / "references" / backbone
+
+
+def use(run: Run):
+    return DATA / "uses" / f"{run}.json"
+
+
 def sample_grid(run: Run):
     return DATA / "samples" / f"{run}.png"
 

@@ -9,8 +9,10 @@ import seaborn as sns
 from PIL import Image
 
 from . import paths, tables
+from .evaluation.geometry import bootstrap
 from .evaluation.precision import PUBLISHED
 from .params import Params, Run
+from .tables import uses
 from .world import scenes
 
 COLOURS = {"teacher": "#444444", "base": "#0173b2", "gad": "#de8f05"}
@@ -26,7 +28,7 @@ def write(p: Params) -> list:
     use_style()
     paths.FIGURES.mkdir(parents=True, exist_ok=True)
     made = []
-    for draw in (world, figure2, published, samples, before_after, students):
+    for draw in (world, figure2, figure5, published, samples, seeds, before_after, students):
         figure = draw(p)
         name = {"published": "precision"}.get(draw.__name__, draw.__name__)
         made.append(paths.FIGURES / f"{name}.png")
@@ -56,7 +58,7 @@ def _runs(p: Params, backbone: str):
 
 def _interval(values, key: str, n=500):
     values, summary = np.asarray(values), tables.SUMMARY[key]
-    return tables.bootstrap(lambda i: summary(values[i]), np.arange(len(values)), n)
+    return bootstrap(lambda i: summary(values[i]), np.arange(len(values)), n)
 
 
 def figure2(p: Params):
@@ -98,6 +100,32 @@ def figure2(p: Params):
     return figure
 
 
+def figure5(p: Params):
+    """Vendi score against CLIP, a panel a backbone: arrows from a student without to the one with GAD."""
+    n = len(p.grid.backbones)
+    figure, axes = plt.subplots(1, n, figsize=(3.6 * n, 3.2), squeeze=False)
+    for ax, backbone in zip(axes[0], p.grid.backbones, strict=True):
+        at = {}
+        for name, result in uses.models(p, backbone).items():
+            x, y = (uses.interval(v, 500) for v in (result["quality"]["clip"], result["diversity"]["vendi"]))
+            at[name] = x[0], y[0]
+            plain = name not in ("teacher", "the world")
+            variant = "gad" if name.endswith("+ GAD") else "base"
+            colour = COLOURS[variant] if plain and "," not in name else COLOURS["teacher"] if not plain else "#949494"
+            ax.errorbar(x[0], y[0], xerr=[[x[0] - x[1]], [x[2] - x[0]]], yerr=[[y[0] - y[1]], [y[2] - y[0]]],
+                        fmt={"teacher": "*", "the world": "s"}.get(name, "o"), ms=5, lw=0.8, color=colour)
+            ax.annotate(name.replace(", first step by the teacher", ", hybrid"), at[name],
+                        xytext=(4, -9 if colour == COLOURS["base"] else 4), textcoords="offset points",
+                        fontsize=6.5, color=colour)
+        for name, end in at.items():
+            if name.endswith(" + GAD") and (start := at.get(name.removesuffix(" + GAD"))):
+                ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": COLOURS["gad"], "lw": 1.2})
+        ax.set(title=backbone, xlabel="CLIP")
+    axes[0, 0].set_ylabel("Vendi score")
+    figure.tight_layout()
+    return figure
+
+
 def published(p: Params):
     """What finite differences report: against h in each precision, and for students of known cosine at the
     published setting."""
@@ -122,7 +150,8 @@ def published(p: Params):
                    label="fp16, the published h per element")
         for ax, values in ((left, sweep.loc[sweep["precision"] == "fp16", "cos"]), (right, known["released_cos"])):
             if values.isna().all():
-                ax.text(0.97, 0.5, "fp16 overflows", transform=ax.transAxes, ha="right", fontsize=7, color=shades["fp16"])
+                ax.text(0.97, 0.5, "fp16 overflows", transform=ax.transAxes, ha="right", fontsize=7,
+                        color=shades["fp16"])
         for y in (0.012, 0.014):
             right.axhline(y, color="gray", lw=0.7, ls=":")
         right.set(xlabel="true JVP cosine of the student", ylabel="reported cosine", ylim=(-0.1, 1.05))
@@ -143,6 +172,24 @@ def samples(p: Params):
         ax.set_title(f"{run.backbone}: teacher (above), {tables.label(run)} (below)", fontsize=8)
         ax.axis("off")
     figure.tight_layout()
+    return figure
+
+
+def seeds(p: Params):
+    """The same seeds down the rows; teacher, students without and with GAD across, under two prompts."""
+    n, across = len(p.grid.backbones), 1 + len(p.grid.paradigms) * len(p.grid.variants)
+    figure, axes = plt.subplots(n, 2 * across, figsize=(1.9 * across, 5.9 * n), squeeze=False)
+    for row, backbone in zip(axes, p.grid.backbones, strict=True):
+        models = [("teacher", paths.references(backbone) / "teacher.png")]
+        models += [(tables.label(r), paths.use(r).with_suffix(".png")) for r in _runs(p, backbone)]
+        for k, ax in enumerate(row):
+            name, path = models[k % across]
+            left = 66 * (k // across)  # pictures of 64 pixels, two apart
+            ax.imshow(np.asarray(Image.open(path))[:, left:left + 68])
+            ax.set_title(name, fontsize=7)
+            ax.axis("off")
+        row[0].text(-0.15, 0.5, backbone, transform=row[0].transAxes, rotation=90, va="center", fontsize=9)
+    figure.subplots_adjust(wspace=0.04, hspace=0.08)
     return figure
 
 

@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
-from gad import claims, tables
+from gad import claims
 from gad.evaluation import trajectory
 from gad.evaluation.geometry import bootstrap, compare, local_rows, row, spectral_kl, spectrum, tangents
+from gad.tables import geometry, trajectories
 from gad.tangents import Tangents
 
 
@@ -73,30 +74,30 @@ def test_difference_is_paired_and_tighter_than_the_models_own():
     rng = np.random.default_rng(0)
     cos, scene = rng.uniform(0, 0.8, 96), rng.integers(0, 2, 96)
     base, gad = result(cos, scene), result(cos + 0.1, scene)
-    found = tables.difference([base], [gad], 500, 1)
+    found = geometry.difference([base], [gad], 500, 1)
     assert found["cos"] == pytest.approx((0.1, 0.1, 0.1)) and found["scene"] == (0, 0, 0)
-    own = tables.measure([base["endpoint"]], 500, 1)["cos"]
+    own = geometry.measure([base["endpoint"]], 500, 1)["cos"]
     assert own[2] - own[1] > 0.05
 
 
 def test_share_is_the_ratio_on_the_same_prompts():
     rng = np.random.default_rng(0)
     teacher = result(np.zeros(200), (rng.random(200) < 0.8).astype(int))
-    same = tables.share([teacher, teacher], teacher, 500)["share"]
+    same = geometry.share([teacher, teacher], teacher, 500)["share"]
     assert same == (1, 1, 1)
     half = result(np.zeros(200), teacher["quality"]["scene"] * (np.arange(200) % 2))
-    value, low, high = tables.share([half], teacher, 500)["share"]
+    value, low, high = geometry.share([half], teacher, 500)["share"]
     assert low < value < high and value == pytest.approx(0.5, abs=0.05)
-    assert tables.share([result(np.zeros(10), np.ones(10))], teacher, 500) == {}  # other prompts
+    assert geometry.share([result(np.zeros(10), np.ones(10))], teacher, 500) == {}  # other prompts
 
 
 def test_noises_of_a_prompt_are_not_prompts():
     rng = np.random.default_rng(0)
     one = result(rng.uniform(0, 1, 96), np.zeros(96))["endpoint"]
     many = {k: np.repeat(v, 4, axis=0) for k, v in one.items()}
-    single, repeated = (tables.measure([r], 1000, n)["cos"] for r, n in ((one, 1), (many, 4)))
+    single, repeated = (geometry.measure([r], 1000, n)["cos"] for r, n in ((one, 1), (many, 4)))
     assert single == pytest.approx(repeated, abs=0.01)
-    careless = tables.measure([many], 1000, 1)["cos"]
+    careless = geometry.measure([many], 1000, 1)["cos"]
     assert careless[2] - careless[1] < 0.7 * (single[2] - single[1])
 
 
@@ -140,13 +141,13 @@ def test_trajectory_of_the_teacher_itself_has_no_error_and_another_adds_its_step
 def test_table4_change_is_against_the_base(monkeypatch, tmp_path):
     rng = np.random.default_rng(0)
     base = rng.uniform(0.5, 1, (50, 2))
-    trajectories = {"base": base, "gad": 0.9 * base}
-    monkeypatch.setattr(tables, "models", lambda p, b: {
+    errors = {"base": base, "gad": 0.9 * base}
+    monkeypatch.setattr(trajectories, "models", lambda p, b: {
         ("tdm", v): [{"trajectory": dict.fromkeys(("relative", "rmse", "local"), x.tolist())}]
-        for v, x in trajectories.items()
+        for v, x in errors.items()
     })
     grid = SimpleNamespace(backbones=["sana"])
-    long = tables.table4(SimpleNamespace(report=SimpleNamespace(bootstrap=200), grid=grid))
+    long = trajectories.table4(SimpleNamespace(report=SimpleNamespace(bootstrap=200), grid=grid))
     change = long[long["metric"] == "change"]
     assert set(change["model"]) == {"TDM + GAD"} and change["value"].to_numpy() == pytest.approx([-0.1, -0.1])
     assert change["low"].to_numpy() == pytest.approx([-0.1, -0.1])
@@ -179,7 +180,8 @@ def test_claims_are_judged_by_the_grids_own_rows():
         ("sana", "TDM + GAD", 1, "change", 0.1, 0.05, 0.15), ("sana", "TDM + GAD", 2, "change", -0.1, -0.2, -0.05),
     ], columns=["backbone", "model", "step", "metric", "value", "low", "high"])
     grid = SimpleNamespace(backbones=["sana"], paradigms=["tdm"])
-    p = SimpleNamespace(grid=grid, report=SimpleNamespace(loss=0.05))
-    found = claims.judge(p, {"table1": table1, "table4": table4})
+    p = SimpleNamespace(grid=grid, report=SimpleNamespace(loss=0.05, clip=0.02))
+    others = {claim.table: table4 for claim in claims.CLAIMS}
+    found = claims.judge(p, others | {"table1": table1, "table4": table4})
     assert found["verdict"].tolist() == ["reproduced", "undecided", "not reproduced", "reproduced"]
     assert found["difference"].tolist() == [0.1, 0.01, -0.1, -0.1]

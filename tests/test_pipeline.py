@@ -173,8 +173,11 @@ class Copy:
 
 
 def column(backbone):
-    yield from (f"teacher@{backbone}", f"diagnose@{backbone}")
-    yield from (f"{s}@{backbone}-tdm-{v}-0" for s in ("distill", "evaluate") for v in ("base", "gad"))
+    yield from (f"{s}@{backbone}" for s in ("teacher", "diagnose", "references"))
+    yield from (f"{s}@{backbone}-tdm-{v}-0" for s in ("distill", "evaluate", "use") for v in ("base", "gad"))
+
+
+REPORTS = {"tables", "figures", "page"}
 
 
 @pytest.fixture(scope="module")
@@ -192,10 +195,10 @@ class TestGraph:
     """In this order: later tests change the copy."""
 
     def test_from_nothing(self, copy):
-        assert copy.first == {"autoencoder@kl", "autoencoder@dc", *column("sd2"), "tables", "figures"}
+        assert copy.first == {"autoencoder@kl", "autoencoder@dc", "judge", *column("sd2"), *REPORTS}
         for name in ("results/sd2-tdm-gad-0.json", "samples/sd2-tdm-base-0.png", "metrics/teacher-sd2.json"):
             assert (copy.folder / "data" / name).stat().st_size
-        for name in ("tables/table1.md", "tables/teachers.csv", "metrics.json", "figures/figure2.png"):
+        for name in ("tables/table1.md", "tables/table5.csv", "metrics.json", "figures/figure5.png", "index.html"):
             assert (copy.folder / "reports" / name).stat().st_size
 
     def test_executed_notebooks_hold_nothing_of_the_machine(self, copy):
@@ -224,18 +227,19 @@ class TestGraph:
             kept.rename(result)
 
     def test_change_runs_what_it_concerns_alone(self, copy):
-        student, reports = "distill@sd2-tdm-gad-0", {"tables", "figures"}
+        student = "distill@sd2-tdm-gad-0"
         copy.edit({"gad": {"lam": 0.125}})
-        assert copy.changed() == {student, "tables"}
+        assert copy.changed() == {student, "tables", "page"}
         copy.edit({"grid": {"backbones": ["sd2", "sana"]}})
-        assert copy.changed() == {student, *column("sana"), *reports}
-        assert copy.reproduce() == {student, "evaluate@sd2-tdm-gad-0", *column("sana"), *reports}
+        assert copy.changed() == {student, *column("sana"), *REPORTS}
+        ran = {student, "evaluate@sd2-tdm-gad-0", "use@sd2-tdm-gad-0", *column("sana"), *REPORTS}
+        assert copy.reproduce() == ran
         assert "sana" in (copy.folder / "reports/tables/table1.md").read_text()
 
     def test_block_beside_the_grid_runs_alone(self, copy):
         block = {"backbones": ["sd2"], "paradigms": ["tdm"], "variants": ["rkd"]}
         copy.edit({"further": {"controls": block}})
         students = {f"{s}-controls@sd2-tdm-rkd-0" for s in ("distill", "evaluate")}
-        assert copy.changed() == {*students, "tables", "figures"}
-        assert copy.reproduce() == {*students, "tables", "figures"}
+        assert copy.changed() == {*students, *REPORTS}
+        assert copy.reproduce() == {*students, *REPORTS}
         assert "TDM + RKD − base" in (copy.folder / "reports/tables/table1.md").read_text()

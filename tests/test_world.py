@@ -1,5 +1,6 @@
 """The scenes, their captions and the judge that reads them back."""
 
+import copy
 import re
 import time
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from gad.world import autoencoder, scenes
+from gad.world import teacher as teachers
 from gad.world.detector import centres, detect, judge
 
 N = 1000
@@ -237,3 +239,18 @@ def test_autoencoders(kind, images):
 def test_unknown_autoencoder():
     with pytest.raises(ValueError, match="kind='vq'"):
         autoencoder.build("vq")
+
+
+@pytest.mark.parametrize("crowded, share", [(False, 0.2), (True, 1 / 3)])
+def test_a_crowded_cycle_draws_scenes_by_their_objects(mini, monkeypatch, crowded, share):
+    backbone, world, seen = copy.deepcopy(mini("pixart")), scenes.sample(4000, 0), []
+    kept = backbone.encode_text
+    monkeypatch.setattr(backbone, "encode_text", lambda text: (seen.extend(text), kept(text))[1])
+    p = {"batch": 600, "drop": 0.0, "lr": 1.0e-3, "ema": 0.9, "muon": 1.0e-3, "compile": False, "focus": 0.5}
+    latents = torch.zeros(4000, *backbone.latent_shape)
+    task = teachers.TeacherTask(backbone, lambda: latents, world, p | {"crowded": crowded})
+    with torch.no_grad():
+        loss = task.losses(0, torch.Generator().manual_seed(0))["teacher"]
+    assert torch.isfinite(loss) and len(seen) == 600
+    three = sum(len([w for w in text.replace(",", "").split() if w in scenes.SHAPES]) == 3 for text in seen)
+    assert three / 600 == pytest.approx(share, abs=0.05)

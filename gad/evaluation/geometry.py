@@ -84,7 +84,7 @@ def spectral_kl(student: np.ndarray, teacher: np.ndarray) -> float:
     """KL(P_T ‖ P_S) of the mean spectra of (N, bins) rows."""
     p, q = teacher.mean(0), student.mean(0)
     keep = p > 0
-    return max(0.0, float((p[keep] * np.log(p[keep] / q[keep])).sum()))  # rounding may leave −1e-16
+    return float(np.maximum(0.0, (p[keep] * np.log(p[keep] / q[keep])).sum()))  # rounding may leave −1e-16; NaN stays
 
 
 def bootstrap(statistic, prompts: np.ndarray, n: int, seed: int = 0) -> tuple[float, float, float]:
@@ -94,8 +94,11 @@ def bootstrap(statistic, prompts: np.ndarray, n: int, seed: int = 0) -> tuple[fl
     """
     rng = np.random.default_rng(seed)
     groups = [np.flatnonzero(prompts == k) for k in np.unique(prompts)]
-    draws = [
-        statistic(np.concatenate([groups[g] for g in rng.integers(0, len(groups), len(groups))])) for _ in range(n)
-    ]
+    if len({len(g) for g in groups}) == 1:
+        table = np.stack(groups)
+        rows = (table[rng.integers(0, len(table), len(table))].ravel() for _ in range(n))
+    else:
+        rows = (np.concatenate([groups[g] for g in rng.integers(0, len(groups), len(groups))]) for _ in range(n))
+    draws = [statistic(r) for r in rows]
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(statistic(np.arange(len(prompts)))), float(low), float(high)

@@ -4,6 +4,8 @@ from .cost import cost
 from .diagnosis import diagnose
 from .distillation import distill, trial
 from .evaluation import evaluate
+from .uses import judge, references, use
 from .world import autoencoder, teacher
 
-__all__ = ["autoencoder", "cost", "diagnose", "distill", "evaluate", "teacher", "trial"]
+__all__ = ["autoencoder", "cost", "diagnose", "distill", "evaluate", "judge", "references", "teacher",
+           "trial", "use"]

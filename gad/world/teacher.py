@@ -22,10 +22,11 @@ class TeacherTask:
     ε-prediction: uniform t; v-prediction's weight truncated at γ = 5 (Hang et al. 2023), `min(SNR + 1, 5)` on x̂0,
     capped where SNR < 0.01. Layouts are decided at high noise, to which min-SNR's own weight gives little: there
     x̂0 is ε̂'s error times `1/α`, up to 157. Flow: t shifted as the sampler's. A share `focus` of the levels is drawn
-    where the world's layouts and shapes are decided instead: log SNR normal about −3.
+    where the world's layouts and shapes are decided instead: log SNR normal about −3. `crowded`: scenes in proportion
+    to their number of objects, since one object is easily drawn and three are not.
     """
 
-    def __init__(self, backbone, latents, captions, p):
+    def __init__(self, backbone, latents, world, p):
         self.backbone, self.batch, self.drop = backbone, p["batch"], p["drop"]
         encoder, network = backbone.pipeline.text_encoder, backbone.network
         for module in (encoder, network):
@@ -33,7 +34,8 @@ class TeacherTask:
         self.roles = {"teacher": Role(
             nn.ModuleList([network, encoder]), p["lr"], (0.9, 0.98), 0.01, ema=p["ema"], muon=p["muon"]
         )}
-        self.make_latents = latents
+        self.make_latents, captions = latents, world.captions()
+        self.share = torch.from_numpy(world.count).double() if p["crowded"] else None
         self.unique = ["", *dict.fromkeys(captions)]
         number = {c: i for i, c in enumerate(self.unique)}
         self.caption = torch.tensor([number[c] for c in captions])
@@ -48,7 +50,10 @@ class TeacherTask:
     def losses(self, step, generator):
         device = self.backbone.device
         n = self.batch
-        i = torch.randint(len(self.latents), (n,), generator=generator, device=device)
+        if self.share is None:
+            i = torch.randint(len(self.latents), (n,), generator=generator, device=device)
+        else:
+            i = torch.multinomial(self.share.to(device), n, generator=generator)
         x0 = self.latents[i.to(self.latents.device)].to(device)
         eps = torch.randn(x0.shape, generator=generator, device=device)
         focused = round(self.focus * n)
@@ -105,7 +110,7 @@ def pretrain(name: str, vae, folder: Path, work: Path, p: dict, seed: int, accel
 
     identity = {"teacher": name, "latents": latents(min(256, p["scenes"])).double().sum().item(), **p}
     for cycle, settings in enumerate([p, *({**p, **own} for own in p["refine"])]):
-        task = TeacherTask(backbone, lambda: latents(p["scenes"]), world.captions(), settings)
+        task = TeacherTask(backbone, lambda: latents(p["scenes"]), world, settings)
         train(
             task, work / f"{work.name}-{cycle + 1}", settings["steps"], seed + settings["seed"], identity,
             settings["warmup"],

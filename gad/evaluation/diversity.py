@@ -1,0 +1,93 @@
+"""Figure 5 and Table 3: how many different images a prompt has over seeds, and how near they lie to the world's.
+
+Everything is of `features` or `layouts` of S seeds under P prompts, the same noises for every model.
+"""
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+from vendi_score import vendi as scores
+
+from ..world.detector import detect
+
+WIDTH = 8.0  # pixels: layouts this far apart are half-way to being different ones
+NEAR = 5.0  # pixels within which a centre of the prior counts as covered
+
+
+def vendi(features: np.ndarray) -> np.ndarray:
+    """Vendi score (Friedman & Dieng 2023) of each prompt's images, (P,) in [1, S]; `features` (S, P, D) are compared
+    by their cosine."""
+    return np.array([scores.score_X(features[:, k].astype(np.float64)) for k in range(features.shape[1])])
+
+
+def layouts(images: Tensor, objects: list[tuple[str, str]]) -> np.ndarray:
+    """Centres (n, K, 2) in pixels of a prompt's K objects in n images (n, 3, 64, 64), matched by colour; NaN where one
+    is absent."""
+    out = np.full((len(images), len(objects), 2), np.nan)
+    for i, image in enumerate(images):
+        found = detect(image)[0]
+        for k, (_, colour) in enumerate(objects):
+            if match := [f for f in found if f.colour == colour]:
+                out[i, k] = max(match, key=lambda f: f.score).centre
+    return out
+
+
+def layout_vendi(points: np.ndarray) -> float:
+    """Vendi score of layouts (S, K, 2) under a Gaussian kernel; images that lack an object are left out, none is 0."""
+    points = points[~np.isnan(points).any((1, 2))]
+    if not len(points):
+        return 0.0
+    distance = np.linalg.norm(points[:, None] - points[None], axis=-1)  # (S, S, K)
+    return float(scores.score_K(np.exp(-(distance**2).mean(-1) / (2 * WIDTH**2))))
+
+
+def coverage(points: np.ndarray, prior: np.ndarray) -> float:
+    """Share of the prior's centres (M, 2) that have one of a model's (S, 2) within NEAR pixels, in [0, 1]."""
+    points = points[~np.isnan(points).any(1)]
+    if not len(points):
+        return 0.0
+    return float((np.linalg.norm(prior[:, None] - points[None], axis=-1).min(1) < NEAR).mean())
+
+
+def distances(features: np.ndarray, real: np.ndarray, draws: int, seed: int = 0) -> dict[str, float | list[float]]:
+    """FID and KID between a model's features (S, P, D) and those of the world's own scenes of the same prompts, with
+    `draws` bootstrap draws of the first over prompts. Draws depend on (P, seed) alone, so two models' are paired."""
+    rng, number = np.random.default_rng(seed), features.shape[1]
+    out = {"fid": _fid(features, real), "kid": _kid(features, real, seed)}
+    chosen = [rng.integers(0, number, number) for _ in range(draws)]
+    return out | {"fid_draws": [_fid(features[:, i], real[:, i]) for i in chosen]}
+
+
+class _AsIs(nn.Module):
+    """In Inception's place: torchmetrics gets features that are there already."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.num_features = size
+
+    def forward(self, x):
+        return x
+
+
+def _compute(metric, features, real) -> float:
+    for x, is_real in ((real, True), (features, False)):
+        metric.update(torch.as_tensor(x).double().flatten(0, 1), real=is_real)
+    value = metric.compute()
+    return float(value[0] if isinstance(value, tuple) else value)
+
+
+def _fid(features, real):
+    return _compute(FrechetInceptionDistance(_AsIs(features.shape[-1])).set_dtype(torch.float64), features, real)
+
+
+def _kid(features, real, seed):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)  # its subsets are random
+        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all")
+        size = min(500, features.shape[0] * features.shape[1])
+        metric = KernelInceptionDistance(_AsIs(features.shape[-1]), subsets=20, subset_size=size)
+        return _compute(metric, features, real)

@@ -1,0 +1,151 @@
+"""The report as one static page, reports/index.html: what the other stages wrote, set for reading. Every number comes
+from reports/, params.yaml, dvc.yaml or CITATION.cff; page.html.j2 has none."""
+
+import re
+from dataclasses import dataclass, field
+from functools import reduce
+from itertools import takewhile
+from pathlib import Path, PurePosixPath
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markdown_it.tree import SyntaxTreeNode
+from PIL import Image
+
+from . import paths
+from .params import ROOT, Params
+
+ORDER = ("summary", "teachers", *(f"table{i}" for i in range(1, 7)))  # others follow by name
+LONG = 8  # rows; a longer table is folded, unless it is its section's first
+FIRST = "before_after"
+FIGURES = {  # alternative text, caption
+    "world": ("Coloured shapes on plain grounds, with captions.", "The world that stands for photographs."),
+    FIRST: ("Bars of JVP cosines by backbone, without and with GAD; pictures of the same noises by all three models.",
+            "JVP cosine with the teacher, with intervals; the same noises through the teacher and both students."),
+    "figure2": ("Curves of value errors and JVP cosines over noise level and over training, a row a backbone.",
+                "Values and tangents: of the local map over noise levels, of noise to image over training."),
+    "figure5": ("Points of Vendi score against CLIP, a panel a backbone, with arrows from without to with GAD.",
+                "Diversity against fidelity; an arrow leads from a student without GAD to the one with it."),
+    "students": ("Points with intervals, a row a student: JVP cosine on the left, scene accuracy on the right.",
+                 "Every student, those with something else in GAD's place too, between floors and teacher."),
+    "seeds": ("Columns of small scenes, six seeds down, by teacher and students, under two prompts a backbone.",
+              "The same six seeds down the rows, under two prompts: teacher, student without and with GAD."),
+    "samples": ("Rows of small scenes in pairs, teacher above student, for every backbone without and with GAD.",
+                "The same prompts and noises through teacher (above) and student (below)."),
+    "precision": ("Curves of reported cosines against the size of a difference and against the true cosine.",
+                  "What finite differences report, by size and precision; dotted: as published, the paper's values."),
+}
+ITEM = re.compile(r"\$\{item\.(\w+)\}")  # in a stage's keys
+MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table")
+
+
+@dataclass
+class Table:
+    head: list[str]
+    rows: list[list[str]]
+
+    @property
+    def labels(self) -> int:
+        """How many columns, from the left, name a row."""
+        words = takewhile(lambda c: not any(re.match(r"[+-]?\d|nan|–", x) for x in c), zip(*self.rows, strict=True))
+        return max(1, len(list(words)))
+
+
+@dataclass
+class Section:
+    """A heading with what follows it. `paper`: these numbers are the paper's, not ours."""
+
+    title: str = ""
+    paper: bool = False
+    parts: list[Table | str] = field(default_factory=list)
+
+    @property
+    def table(self) -> Table | None:
+        return next((part for part in self.parts if isinstance(part, Table)), None)
+
+
+def parse(text: str) -> tuple[str, list[Section]]:
+    """Title and sections of Markdown as gad.tables and gad.claims write it; the first section has no heading."""
+    title, sections = "", [Section()]
+    for node in SyntaxTreeNode(MARKDOWN.parse(text)).children:
+        words = node.children[0].content if node.type in ("heading", "paragraph") else ""
+        if node.type == "heading" and node.tag == "h1":
+            title = words
+        elif node.type == "heading":
+            sections.append(Section(words, words.startswith("The paper's")))
+        elif node.type == "table":
+            rows = [[c.children[0].content for c in row.children] for part in node.children for row in part.children]
+            sections[-1].parts.append(Table(rows[0], rows[1:]))
+        else:
+            if words.startswith("The paper") and sections[-1].table:  # it is no part of our table above it
+                sections.append(Section(paper=True))
+            sections[-1].parts.append(MARKDOWN.renderer.render(node.to_tokens(), MARKDOWN.options, {}))
+    return title, sections
+
+
+def cell(text: str) -> str:
+    """As HTML: a minus is one, an arrow stays with its word, an interval is set apart from its number."""
+    html = MARKDOWN.renderInline(re.sub(r" (?=[↑↓])", "\xa0", re.sub(r"(?<![\w.])-(?=[\d.])", "−", text)))
+    return re.sub(r"^(\S+) (\[[^\]]*\])$", r'\1 <span class="ci">\2</span>', html)
+
+
+def judged(sections: list[Section]) -> list[dict]:
+    """The claims of claims.md. A result's `mark`: value, low and high of its interval in per cent of a line whose
+    middle is zero, as long as the claim's results need; none where they aren't numbers."""
+    claims = []
+    for title, table, parts in ((s.title, s.table, s.parts) for s in sections if s.table):
+        rows = [dict(zip(table.head, row, strict=True)) for row in table.rows]
+        numbers = [[float(x) for x in re.findall(r"[+-]?[\d.]+(?:e[+-]\d+)?", row["difference"])] for row in rows]
+        reach = 1.06 * max((abs(x) for found in numbers for x in found), default=0) or 1
+        for row, found in zip(rows, numbers, strict=True):
+            row["mark"] = [round(50 + 50 * x / reach, 2) for x in found] if len(found) == 3 else None
+        claims.append({"title": title, "paper": parts[0], "rows": rows})
+    return claims
+
+
+def graph(p: Params) -> dict[str, dict]:
+    """The stages of dvc.yaml that have something to run: outs, keys of params.yaml, all stages before them."""
+    found = {}
+    for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
+        matrix = stage.get("matrix", {})
+        matrix |= {k: reduce(getattr, v[2:-1].split("."), p) for k, v in matrix.items() if isinstance(v, str)}
+        if not all(matrix.values()):
+            continue
+        keys = [ITEM.sub(value, key) for key in stage.get("params", []) for item in [ITEM.search(key)]
+                for value in (matrix[item[1]] if item else [""])]
+        outs = [next(iter(o)) if isinstance(o, dict) else o for o in stage["outs"]]
+        needs = {n for n, s in found.items() if any(_meet(d, o) for d in stage["deps"] for o in s["outs"])}
+        needs |= {before for n in needs for before in found[n]["needs"]}
+        found[name] = {"desc": stage["desc"], "outs": outs, "params": keys, "needs": [n for n in found if n in needs]}
+    return found
+
+
+def _meet(dep: str, out: str) -> bool:
+    """Whether one may lie in the other, whatever ${…} stands for."""
+    a, b = (PurePosixPath(*takewhile(lambda x: "$" not in x, PurePosixPath(x).parts)) for x in (dep, out))
+    return a.is_relative_to(b) or b.is_relative_to(a)
+
+
+def write(p: Params) -> Path:
+    """reports/index.html; returns its path."""
+    stages = graph(p)
+    maker = {out: name for name, stage in stages.items() for out in stage["outs"]}
+    for name in ("claims.md", f"figures/{FIRST}.png"):
+        if not (paths.REPORTS / name).exists():
+            raise FileNotFoundError(f"reports/{name} is missing: run its stage, `dvc repro {maker[f'reports/{name}']}`")
+    texts = sorted(paths.TABLES.glob("*.md"), key=lambda f: ((*ORDER, f.stem).index(f.stem), f.stem))
+    pictures = {path.stem: Image.open(path).size for path in sorted(paths.FIGURES.glob("*.png"))}
+    if unknown := set(pictures) - set(FIGURES):
+        raise ValueError(f"reports/figures/{min(unknown)}.png has no caption: add it to FIGURES in gad/page.py")
+    _, claims = parse((paths.REPORTS / "claims.md").read_text())
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["cell"] = cell
+    path = paths.REPORTS / "index.html"
+    path.write_text(environment.get_template("page.html.j2").render(
+        p=p, stages=stages, maker=maker, rule=claims[0].parts, claims=judged(claims), long=LONG, first=FIRST,
+        tables={f.stem: parse(f.read_text()) for f in texts}, csv={f.stem for f in paths.TABLES.glob("*.csv")},
+        figures={n: (*pictures[n], *FIGURES[n]) for n in FIGURES if n in pictures},
+        paper=yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]) + "\n")
+    return path

@@ -1,0 +1,29 @@
+"""The tables, from the results of the grid's runs and no others: ids come from params.yaml, a missing one is an
+error. Every number carries a 95 % bootstrap interval over prompts."""
+
+import json
+
+import pandas as pd
+
+from .. import paths
+from ..params import Params
+from . import geometry, teachers, trajectories, uses
+from .common import cell, label, models, read
+from .geometry import SUMMARY
+
+__all__ = ["SUMMARY", "cell", "label", "models", "read", "write"]
+
+
+def write(p: Params) -> dict[str, pd.DataFrame]:
+    """reports/tables/*, reports/metrics.json; returns the tables in long form, by name."""
+    table1 = geometry.write(p)
+    metrics = {"teachers": teachers.write(p), "students": {}}
+    for row in table1[table1["map"].isin(["endpoint", "images", "difference"])].itertuples():
+        of = metrics["students"].setdefault(row.backbone, {}).setdefault(row.model, {})
+        of[row.metric] = float(f"{row.value:.4g}")
+    found = uses.write(p)
+    for row in pd.concat(found.values()).query("metric in @uses.TRACKED").itertuples():
+        of = metrics["students"].setdefault(row.backbone, {}).setdefault(row.model, {})
+        of[uses.TRACKED[row.metric]] = float(f"{row.value:.4g}")
+    paths.METRICS.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    return {"table1": table1, "table4": trajectories.write(p), **found}

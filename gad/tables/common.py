@@ -1,0 +1,62 @@
+"""What all tables share: results by their runs, names, cells."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .. import paths
+from ..params import Params, Run
+
+VARIANTS = {
+    "base": "", "gad": " + GAD", "map": " + GAD, map form", "every4": " + GAD each 4th step",
+    "unrelated": " + unrelated tangents", "augmentation": " + noise augmentation", "rkd": " + RKD",
+    "similarity": " + SP", "longer": ", longer",
+}
+
+
+def read(path: Path) -> dict:
+    if not path.exists():
+        raise FileNotFoundError(f"{path.relative_to(paths.ROOT)} is missing: run its stage, `dvc repro`")
+    return json.loads(path.read_text())
+
+
+def label(run: Run) -> str:
+    name = {"sid": "SiD", "swiftbrush": "SwiftBrush"}.get(run.paradigm, run.paradigm.upper())
+    return name + VARIANTS.get(run.variant, f" + {run.variant}")
+
+
+def cell(value: float, low: float, high: float, spec: str = ".3g") -> str:
+    """A number with its interval, as tables show it; what rounding left of zero is zero."""
+    value, low, high = (0.0 if abs(x) < 1e-12 else x for x in (value, low, high))
+    return f"{value:{spec}} [{low:{spec}}, {high:{spec}}]"
+
+
+def prompts_of(points: int, noises: int, seeds: int) -> np.ndarray:
+    """The prompt of each of `seeds` runs' points, `noises` a prompt."""
+    return np.tile(np.arange(points) // noises, seeds)
+
+
+def models(p: Params, backbone: str) -> dict[tuple[str, str], list[dict]]:
+    """Results of a backbone's students by (paradigm, variant), one entry a seed."""
+    out: dict[tuple[str, str], list[dict]] = {}
+    for run in p.runs():
+        if run.backbone == backbone:
+            out.setdefault((run.paradigm, run.variant), []).append(read(paths.result(run)))
+    return out
+
+
+def save(name: str, long: pd.DataFrame, text: list[str]):
+    """reports/tables/<name>.csv, the long form, and .md, its paragraphs."""
+    paths.TABLES.mkdir(parents=True, exist_ok=True)
+    long.to_csv(paths.TABLES / f"{name}.csv", index=False, float_format="%.5g", lineterminator="\n")
+    (paths.TABLES / f"{name}.md").write_text("\n\n".join(text) + "\n")
+
+
+def pivot(part: pd.DataFrame, columns: str, index=("backbone", "model"), spec: str = ".3g") -> pd.DataFrame:
+    """One row a model in the order of `part`, whose rows' intervals become cells under the values of `columns`."""
+    index, part = list(index), part.assign(cell=[cell(*x, spec) for x in part[["value", "low", "high"]].to_numpy()])
+    order, across = part[index].drop_duplicates(), list(dict.fromkeys(part[columns]))
+    table = part.pivot(index=index, columns=columns, values="cell").loc[list(map(tuple, order.to_numpy()))]
+    return table[across].fillna("–").reset_index()

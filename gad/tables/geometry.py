@@ -1,0 +1,162 @@
+"""Table 1: exact tangents, and how well models draw."""
+
+import numpy as np
+import pandas as pd
+
+from .. import paths
+from ..evaluation.geometry import bootstrap, spectral_kl
+from ..params import Params, Run
+from .common import label, models, pivot, prompts_of, read, save
+
+PAPER = pd.DataFrame(  # Table 1 of the paper, PixArt-α at full size
+    [
+        ("Teacher", 1.000, 1.000, 0.000, 0.000),
+        ("TDM", 0.012, 0.98, 0.008, 0.0003),
+        ("TDM + GAD", 0.014, 0.99, 0.006, 0.0002),
+    ],
+    columns=["model", "JVP cos ↑", "Jac norm → 1", "Spec KL ↓", "JVP MSE ↓"],
+)
+COLUMNS = {
+    "cos": "JVP cos ↑", "ratio": "Jac norm → 1", "spectral_kl": "Spec KL ↓", "mse": "JVP MSE ↓",
+    "relative": "JVP error, relative ↓", "value": "value error, relative ↓", "scene": "scene accuracy ↑",
+    "colour_count": "colours and count ↑", "share": "of its teacher's scenes",
+}
+DIFFERENCES = ("cos", "ratio", "relative", "value")
+
+# How points are summed up. A few noises lie where the map is all but discontinuous, and their huge tangents would
+# be all that a mean of norms or squares shows.
+SUMMARY = {
+    "cos": np.mean,
+    "ratio": lambda x: np.exp(np.mean(np.log(x))),
+    "mse": np.median,
+    "relative": np.median,
+    "value": np.median,
+}
+
+
+def measure(rows: list[dict], n: int, noises: int) -> dict[str, tuple[float, float, float]]:
+    """Each metric of one model as (value, low, high). `rows`: one result per seed, over the same points, `noises`
+    of them a prompt."""
+    prompts = prompts_of(len(rows[0]["cos"]), noises, len(rows))
+    out = {}
+    for key, summary in SUMMARY.items():
+        x = np.concatenate([r[key] for r in rows])
+        out[key] = bootstrap(lambda i, x=x, summary=summary: summary(x[i]), prompts, n)
+    s, t = (np.concatenate([r[k] for r in rows]) for k in ("spectrum", "teacher_spectrum"))
+    out["spectral_kl"] = bootstrap(lambda i: spectral_kl(s[i], t[i]), prompts, n)
+    return out
+
+
+def accuracy(results: list[dict], n: int) -> dict[str, tuple[float, float, float]]:
+    out = {}
+    for key in ("scene", "colour_count"):
+        x = np.concatenate([r["quality"][key] for r in results])
+        prompts = prompts_of(len(x) // len(results), 1, len(results))
+        out[key] = bootstrap(lambda i, x=x: x[i].mean(), prompts, n)
+    return out
+
+
+def share(results: list[dict], teacher: dict, n: int) -> dict[str, tuple[float, float, float]]:
+    """Scene accuracy in units of the teacher's on the same prompts and noises; nothing where those are not the same."""
+    x, its = np.concatenate([r["quality"]["scene"] for r in results]), np.array(teacher["quality"]["scene"])
+    if len(x) != len(its) * len(results) or not its.any():
+        return {}
+    prompts, its = prompts_of(len(its), 1, len(results)), np.tile(its, len(results))
+    return {"share": bootstrap(lambda i: x[i].mean() / max(its[i].mean(), 1e-9), prompts, n)}
+
+
+def table1(p: Params) -> pd.DataFrame:
+    """Long form: backbone, model, map, metric, value, low, high; each variant minus its base, and GAD minus
+    each control, are paired over prompts."""
+    n, noises, rows = p.report.bootstrap, p.evaluation.noises, []
+
+    def add(backbone, model, where, measured):
+        rows.extend(
+            {"backbone": backbone, "model": model, "map": where, "metric": k, "value": v, "low": a, "high": b}
+            for k, (v, a, b) in measured.items()
+        )
+
+    for backbone in p.grid.backbones:
+        for name, floor in read(paths.diagnosis(backbone) / "floors.json").items():
+            measured = measure([floor], n, noises)
+            if name.startswith("another noise"):
+                del measured["spectral_kl"]  # the teacher's own spectra, in another order
+            add(backbone, name, "endpoint", measured)
+        teacher, found = read(paths.teacher_metrics(backbone)), models(p, backbone)
+        add(backbone, "teacher", "images", accuracy([teacher], n))
+        for (paradigm, variant), results in found.items():
+            name = label(Run(backbone, paradigm, variant, 0))
+            add(backbone, name, "endpoint", measure([r["endpoint"] for r in results], n, noises))
+            for level in results[0]["local"]:
+                add(backbone, name, f"local t={level}", measure([r["local"][level] for r in results], n, noises))
+            add(backbone, name, "images", accuracy(results, n) | share(results, teacher, n))
+            if variant == "base" and "hybrid" in results[0]:
+                hybrid, mixed = [r["hybrid"] for r in results], f"{name}, first step by the teacher"
+                add(backbone, mixed, "endpoint", measure([r["endpoint"] for r in hybrid], n, noises))
+                add(backbone, mixed, "images", accuracy(hybrid, n) | share(hybrid, teacher, n))
+            if variant != "base" and (paradigm, "base") in found:
+                base = found[paradigm, "base"]
+                add(backbone, f"{name} − base", "difference", difference(base, results, n, noises))
+            if variant in p.controls and (paradigm, "gad") in found:
+                gad = found[paradigm, "gad"]
+                add(backbone, f"{label(Run(backbone, paradigm, 'gad', 0))} − ({name})", "difference",
+                    difference(results, gad, n, noises))
+    return pd.DataFrame(rows)
+
+
+def difference(base: list[dict], gad: list[dict], n: int, noises: int) -> dict[str, tuple[float, float, float]]:
+    """A variant minus its base on the same prompts and noises: the difference of the summaries, resampled together."""
+    out = {}
+    for where, each, keys in (
+        ("endpoint", noises, DIFFERENCES), ("quality", 1, ("scene", "colour_count"))
+    ):
+        for key in keys:
+            b, g = (np.concatenate([r[where][key] for r in rows]) for rows in (base, gad))
+            prompts = prompts_of(len(b) // len(base), each, len(base))
+            summary = SUMMARY.get(key, np.mean)
+            out[key] = bootstrap(lambda i, b=b, g=g, summary=summary: summary(g[i]) - summary(b[i]), prompts, n)
+    return out
+
+
+def wide(long: pd.DataFrame, maps: list[str], metrics: list[str]) -> pd.DataFrame:
+    """One row a model, cells `value [low, high]`."""
+    part = long[long["map"].isin(maps) & long["metric"].isin(metrics)]
+    index = ["backbone", "map", "model"] if len(maps) > 1 and maps[0].startswith("local") else ["backbone", "model"]
+    table = pivot(part, "metric", index)
+    return table[index + [m for m in metrics if m in table]].rename(columns=COLUMNS)
+
+
+def _weighted(p: Params) -> str:
+    """What λ multiplies, since it is not always the paper's."""
+    if p.gad.form in ("map", "step") and p.gad.normalise:
+        error = "the relative squared error of responses"
+        return (f"log(1 + {error})" if p.gad.robust else error) + ", which no λ of the paper's corresponds to"
+    return f"responses divided by h; the paper's λ, of differences not divided, is λ / h² = {p.gad.lam / p.gad.h**2:g}"
+
+
+def write(p: Params) -> pd.DataFrame:
+    """reports/tables/table1.* and summary.md; returns the long form."""
+    long = table1(p)
+    geometry, quality = ["cos", "ratio", "spectral_kl", "mse", "relative", "value"], ["scene", "share", "colour_count"]
+    levels = sorted({m for m in long["map"] if m.startswith("local")}, reverse=True)
+    text = [
+        "# Table 1, geometry",
+        f"Miniature teachers and students; exact JVPs in fp32, {p.evaluation.prompts} test prompts, "
+        f"{p.evaluation.noises} noise(s) each; 95 % bootstrap intervals over prompts; distillation seeds "
+        f"{', '.join(map(str, p.seeds.distill))}. Cosines are means, norm ratios geometric means, "
+        "errors medians over noises: a few noises lie where the map is all but discontinuous. "
+        "A teacher compared with itself is 1, 1, 0, 0 by definition.",
+        f"GAD: form `{p.gad.form}`, h = {p.gad.h}, λ = {p.gad.lam} on {_weighted(p)}.",
+        "## Endpoint map z → x0, and images",
+        wide(long, ["endpoint", "images"], [*geometry, *quality]).to_markdown(index=False),
+        "## Differences, paired",
+        wide(long, ["difference"], [*DIFFERENCES, "scene", "colour_count"]).to_markdown(index=False),
+        "## Local map x_t → x̂0", wide(long, levels, geometry).to_markdown(index=False),
+        "## The paper's Table 1 (PixArt-α at full size; not comparable in scale)", PAPER.to_markdown(index=False),
+    ]
+    save("table1", long, text)
+    grid = {label(r) for r in p.grid.runs(p.seeds.distill)}
+    summary = wide(long[long["model"].isin(grid)], ["endpoint", "images"],
+                   ["cos", "ratio", "spectral_kl", "relative", "scene"]).to_markdown(index=False) + "\n"
+    (paths.TABLES / "summary.md").write_text(summary)
+    return long

@@ -1,0 +1,261 @@
+"""Tables 2, 3, 5 and 6 and Figure 5's numbers: what a model's noise is good for."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+
+from .. import paths
+from ..evaluation.geometry import bootstrap
+from ..params import Params, Run
+from .common import label, pivot, read, save
+
+KINDS = {"linear": "linear", "cnn": "CNN"}
+TRACKED = {  # in reports/metrics.json, for `dvc metrics diff`
+    "teacher, linear, top-1": "seed_top1", "CLIP": "clip", "FID": "fid", "guided, AP50": "layout_ap50",
+    "mean shift": "noise_query_shift", "Vendi": "vendi",
+}
+
+
+# Each result as lists over prompts, or as (value, bootstrap draws), by the name a table shows.
+
+
+def _table2(r: dict) -> dict:
+    sides = {s: r["seeds"][s] for s in ("self", "teacher") if s in r["seeds"]}
+    named = {
+        f"{side}, {KINDS[kind]}, top-{k}": found[f"top{k}"]
+        for side, kinds in sides.items() for kind, found in kinds.items() for k in (1, 5)
+    }
+    return named | {f"of {n} prompts": found["top1"] for n, found in r["seeds"]["prompts"].items()}
+
+
+def _table3(r: dict) -> dict:
+    q, d = r["quality"], r["distance"]
+    return {"CLIP": q["clip"], "scene accuracy": q["scene"], "colours and count": q["colour_count"],
+            "FID": (d["fid"], d["fid_draws"])}
+
+
+def _table5(r: dict) -> dict:
+    out = {}
+    for how, found in r["layout"].items():
+        out |= {f"{how}, {k.upper()}": (found[k], found[f"{k}_draws"]) for k in ("ap", "ap50")}
+        out |= {f"{how}, {k}": found[key] for k, key in (
+            ("IoU", "iou"), ("centre, px", "centre"), ("CLIP", "clip"), ("scene accuracy", "scene"))}
+    return out
+
+
+def _table6(r: dict) -> dict:
+    q = r["query"]
+    out = {f"shift, {k}": v for k, v in q["shift"].items()} | {f"ρ, {k}": v for k, v in q["rho"].items()}
+    for name, part in (("shift", q["shift"]), ("ρ", q["rho"])):
+        out[f"mean {name}"] = np.nanmean(np.array(list(part.values()), float), 0)
+    return out | {"CLIP, nearest less usual": q["clip_gain"]}
+
+
+def _figure5(r: dict) -> dict:
+    d = r["diversity"]
+    return {"Vendi": d["vendi"], "layout Vendi": d["layout_vendi"], "coverage": d["coverage"],
+            "CLIP": r["quality"]["clip"]}
+
+
+TABLES: dict[str, Callable[[dict], dict]] = {
+    "table2": _table2, "table3": _table3, "table5": _table5, "table6": _table6, "figure5": _figure5,
+}
+PARTIAL = ("table2", "table3", "figure5")  # those that the hybrid sampler's images have
+UNTRAINED = ("table3", "figure5")  # and the world's own
+
+
+def merged(results: list):
+    """The mean of equal structures over distillation seeds, number by number; strings are the first's."""
+    first = results[0]
+    if isinstance(first, dict):
+        return {k: merged([r[k] for r in results]) for k in first}
+    if isinstance(first, list):
+        return np.mean(np.array(results, float), 0)
+    return float(np.mean(results)) if isinstance(first, (int, float)) else first
+
+
+def interval(x, n: int) -> tuple[float, float, float]:
+    """(value, low, high) of a list over prompts, or of (value, draws)."""
+    if isinstance(x, tuple):
+        return float(x[0]), *map(float, np.percentile(x[1], [2.5, 97.5]))
+    x = np.asarray(x, float)
+    return bootstrap(lambda i: np.nanmean(x[i]), np.arange(len(x)), n)
+
+
+def less(a, b):
+    """a − b of two models on the same prompts, in either form."""
+    if isinstance(a, tuple):
+        return a[0] - b[0], np.asarray(a[1]) - np.asarray(b[1])
+    return np.asarray(a, float) - np.asarray(b, float)
+
+
+def models(p: Params, backbone: str) -> dict[str, dict]:
+    """Results by a model's name: the world's own images, the teacher, each student, and a base student's with the
+    hybrid sampler. Students with something else in GAD's place have no such results."""
+    teacher = read(paths.references(backbone) / "teacher.json")
+    out, found = {"the world": teacher["world"], "teacher": teacher}, {}
+    for block in (p.grid, p.further.paradigms):
+        for run in block.runs(p.seeds.distill):
+            if run.backbone == backbone:
+                found.setdefault((run.paradigm, run.variant), []).append(read(paths.use(run)))
+    for (paradigm, variant), results in found.items():
+        name = label(Run(backbone, paradigm, variant, 0))
+        out[name] = merged(results)
+        if "hybrid" in results[0]:
+            out[f"{name}, first step by the teacher"] = merged([r["hybrid"] for r in results])
+    return out
+
+
+def long(p: Params) -> dict[str, pd.DataFrame]:
+    """Each table in long form: backbone, model, metric, value, low, high; models named `… + GAD − base` are paired
+    differences, `… / teacher` what of the teacher's is left."""
+    n, rows = p.report.bootstrap, {name: [] for name in TABLES}
+    for backbone in p.grid.backbones:
+        found = models(p, backbone)
+        for table, flat in TABLES.items():
+            shown = {
+                name: flat(r) for name, r in found.items()
+                if table in UNTRAINED or (table in PARTIAL and name != "the world") or "layout" in r
+            }
+
+            def add(model, metrics, backbone=backbone, table=table):
+                rows[table] += [
+                    {"backbone": backbone, "model": model, "metric": k, "value": v, "low": low, "high": high}
+                    for k, (v, low, high) in metrics.items()
+                ]
+
+            if table == "table3":
+                del shown["the world"]["FID"]  # from itself
+            for name, metrics in shown.items():
+                add(name, {k: interval(x, n) for k, x in metrics.items()})
+            for name, metrics in shown.items():
+                base = shown.get(name.removesuffix(" + GAD"))
+                if name.endswith(" + GAD") and base:
+                    add(f"{name} − base", {k: interval(less(x, base[k]), n) for k, x in metrics.items()})
+                    if table == "figure5":
+                        add(f"{name} − base", _gap(metrics, base, shown["teacher"], n))
+                if table == "table6" and name not in ("teacher", "the world"):
+                    add(f"{name} / teacher", _retained(metrics, shown["teacher"], n))
+    return {name: pd.DataFrame(r) for name, r in rows.items()}
+
+
+def _gap(gad, base, teacher, n):
+    """How much nearer to the teacher's Vendi score (below zero) GAD has come."""
+    a, b, t = (np.asarray(x["Vendi"]) for x in (gad, base, teacher))
+
+    def change(i):
+        return abs(a[i].mean() - t[i].mean()) - abs(b[i].mean() - t[i].mean())
+
+    return {"distance from the teacher's Vendi": bootstrap(change, np.arange(len(a)), n)}
+
+
+def _retained(student, teacher, n):
+    """Shifts as shares of the teacher's, the prompts of both resampled together."""
+    out = {}
+    for key in (k for k in student if k.startswith("shift") or k == "mean shift"):
+        a, b = np.asarray(student[key], float), np.asarray(teacher[key], float)
+        out[key] = bootstrap(lambda i, a=a, b=b: np.nanmean(a[i]) / np.nanmean(b[i]), np.arange(len(a)), n)
+    return out
+
+
+# As pages
+
+
+def _paper(columns: list[str], rows: list[tuple]) -> str:
+    return pd.DataFrame(rows, columns=columns).to_markdown(index=False)
+
+
+PAPER = {
+    "table2": ("## The paper's Table 2 (SD2 at full size; its protocol is not known)", _paper(
+        ["model", "self, %", "teacher alignment, %"],
+        [("SD2 teacher", 93.70, "–"), ("SD-Turbo", 77.80, 63.20), ("SwiftBrush", 52.90, 45.80), ("TCD", 87.30, 84.50),
+         ("LADD", 87.60, 83.70), ("LADD + GAD", 92.40, 87.40)])),
+    "table3": ("## The paper's Table 3", "CLIP and PickScore over all backbones and paradigms are not lower with GAD; "
+               "SiD on SANA: CLIP 32.75 → 34.40."),
+    "table5": ("## The paper's Table 5 (SD2 at full size, COCO, YOLOv4 as the detector)", _paper(
+        ["model", "AP", "AP50", "CLIP"],
+        [("SD2 teacher", 6.6, 21.3, 0.3333), ("SD-Turbo", 3.0, 8.4, 0.3237), ("LADD", 5.0, 17.4, 0.3187),
+         ("LADD + GAD", 5.8, 20.6, 0.3184)])),
+    "table6": ("## The paper's Table 6", "The teacher's best noise for an attribute is of use to students with GAD, "
+               "and of none to those without; its numbers are not at hand."),
+    "figure5": ("## The paper's Figure 5", "GAD moves all three backbones toward the teacher's corner of Vendi and "
+                "CLIP."),
+}
+
+
+def _section(part: pd.DataFrame, metrics: list[str], title: str, keep: Callable[[str], bool], spec=".3g") -> list[str]:
+    rows = part[part["metric"].isin(metrics) & part["model"].map(keep)]
+    if not len(rows):
+        return []
+    table = pivot(rows, "metric", spec=spec)
+    return [f"## {title}", table[["backbone", "model", *(m for m in metrics if m in table)]].to_markdown(index=False)]
+
+
+def _own(name):
+    return not name.endswith(("− base", "/ teacher"))
+
+
+def _difference(name):
+    return name.endswith("− base")
+
+
+def write(p: Params) -> dict[str, pd.DataFrame]:
+    """reports/tables/table2, table3, table5, table6 and figure5, .csv and .md; returns the long forms."""
+    u, found = p.uses, long(p)
+    note = "Miniature models; 95 % bootstrap intervals over prompts; the same noises and prompts for all."
+    seeds = f"{u.seeds} seeds under {u.prompts} prompts"
+    numbers = [f"of {n} prompts" for n in (u.train // 4, u.train // 2, u.train) if n]
+    named = [f"{side}, {kind}, top-{k}" for side in ("self", "teacher") for kind in KINDS.values() for k in (1, 5)]
+    hows = ["free", "shuffled", "guided"]
+    layout = [f"guided, {k}" for k in ("AP", "AP50", "IoU", "centre, px", "CLIP", "scene accuracy")]
+    floors = [f"{how}, {k}" for how in hows[:2] for k in ("AP", "AP50", "IoU", "centre, px")]
+    sweep = [f"{how}, {k}" for how in ("free", *map(str, sorted(u.sweep)), "guided") for k in ("AP50", "CLIP")]
+    shifts, rhos = ([m for m in dict.fromkeys(found["table6"]["metric"]) if m.startswith(s)] for s in ("shift", "ρ"))
+    pages = {
+        "table2": ["# Table 2, seeds told from images", (
+            f"{note} A classifier names the seed of an image, {seeds}: it learns from {u.train} of the prompts and is "
+            f"tested on the other {u.prompts - u.train}; chance is {1 / u.seeds:.3f} (top-1) and {5 / u.seeds:.3f} "
+            "(top-5). Self: it learns from the model's own images; teacher: from the teacher's, made of the same "
+            "noises."),
+            *_section(found["table2"], named, "Accuracy", _own),
+            *_section(found["table2"], named, "Differences, paired", _difference, "+.3g"),
+            *_section(found["table2"], numbers, "Self, linear, top-1, by how many prompts are learnt from", _own)],
+        "table3": ["# Table 3, quality", (
+            f"{note} {seeds}. CLIP: cosine by the world's own OpenCLIP model (data/judge/metrics.json says what it can "
+            "tell apart); scene accuracy, by the detector, stands where the paper has PickScore; FID on that model's "
+            "features, against the world's own layouts of the same prompts; few images make it large, and resampled "
+            "prompts, which repeat, larger: its intervals lean upward, and only differences are to be read."),
+            *_section(found["table3"], ["CLIP", "scene accuracy", "colours and count", "FID"], "Quality", _own),
+            *_section(found["table3"], ["CLIP", "scene accuracy", "colours and count", "FID"], "Differences, paired",
+                      _difference, "+.3g")],
+        "table5": ["# Table 5, layout control without training", (
+            f"{note} {u.layouts} prompts of two objects and a box for each, of which the prompt says nothing. "
+            f"Attention guidance at the student's first two times, {u.evals} gradients at each for every model, each "
+            f"moving the state by an RMS of {u.scale:g}. AP against the boxes by pycocotools, detections by the "
+            "analytic detector; free: no guidance; shuffled: guided into another prompt's boxes."),
+            *_section(found["table5"], layout, "Guided", _own), *_section(found["table5"], floors, "Floors", _own),
+            *_section(found["table5"], layout, "Differences, paired", _difference, "+.3g"),
+            *_section(found["table5"], sweep, "Over the size of a move", _own)],
+        "table6": ["# Table 6, noises chosen by the teacher", (
+            f"{note} The teacher draws {u.library} noises unprompted; of each attribute the {u.picks} highest and the "
+            f"{u.picks} lowest noises are drawn under {u.query} prompts. Shift: their difference, in units of the "
+            f"attribute's spread over noises; ρ: rank correlation over {u.seeds} seeds under {u.prompts} prompts; "
+            "last: CLIP at the noise whose unprompted image is nearest to the prompt, less CLIP at the seeds."),
+            *_section(found["table6"], ["mean shift", *shifts], "Shift", _own),
+            *_section(found["table6"], ["mean shift", *shifts], "What is left of the teacher's",
+                      lambda m: m.endswith("/ teacher")),
+            *_section(found["table6"], ["mean ρ", *rhos, "CLIP, nearest less usual"], "Rank correlation", _own),
+            *_section(found["table6"], ["mean shift", "mean ρ", "CLIP, nearest less usual"], "Differences, paired",
+                      _difference, "+.3g")],
+        "figure5": ["# Figure 5, diversity and fidelity", (
+            f"{note} {seeds}. Vendi: of a prompt's images by the judge's features, at most {u.seeds}; layout Vendi: of "
+            "its objects' places; coverage: share of the world's own layouts that the model comes near to."),
+            *_section(found["figure5"], ["Vendi", "layout Vendi", "coverage", "CLIP"], "Diversity", _own),
+            *_section(found["figure5"],
+                      ["Vendi", "layout Vendi", "coverage", "CLIP", "distance from the teacher's Vendi"],
+                      "Differences, paired", _difference, "+.3g")],
+    }
+    for name, text in pages.items():
+        save(name, found[name], [*text, *PAPER[name]])
+    return found

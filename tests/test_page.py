@@ -1,0 +1,217 @@
+"""The report's page: all that the reports say, once each, and nothing to fetch."""
+
+import re
+import shutil
+from collections import Counter
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from gad import page, params, paths
+from gad.__main__ import main
+from gad.params import ROOT
+
+VOID = {"meta", "img", "br", "hr", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Elements as dicts: tag, attrs, the ids and classes around them, their text. Asserts that tags are balanced."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.all, self.open = [], []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        inside = [e["attrs"].get("id") for e in self.open] + [e["attrs"].get("class") for e in self.open]
+        self.all.append({"tag": tag, "attrs": attrs, "inside": set(inside), "text": ""})
+        if tag not in VOID:
+            self.open.append(self.all[-1])
+
+    def handle_startendtag(self, tag, attrs):
+        self.all.append({"tag": tag, "attrs": dict(attrs), "inside": set(), "text": ""})
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop()["tag"] == tag, tag
+
+    def handle_data(self, data):
+        for element in self.open:
+            element["text"] += data
+
+    def find(self, *tags, inside=None, without=None):
+        return [e for e in self.all if e["tag"] in tags and (inside is None or inside in e["inside"])
+                and (without is None or without not in e["inside"])]
+
+
+def plain(text):
+    """A cell's characters, however it is set."""
+    return re.sub(r"\s", "", text.replace("−", "-").replace("`", ""))
+
+
+def cells(markdown):
+    rows = [line.strip("|").split("|") for line in markdown.splitlines() if line.startswith("|")]
+    return [plain(c) for row in rows if not set("".join(row)) <= set(":-") for c in row]
+
+
+@pytest.fixture
+def reports(monkeypatch, tmp_path):
+    """A copy of the shipped reports, with a page of its own."""
+    shutil.copytree(ROOT / "reports", tmp_path / "reports", ignore=shutil.ignore_patterns("notebooks", "index.html"))
+    for name, folder in (("REPORTS", "reports"), ("TABLES", "reports/tables"), ("FIGURES", "reports/figures")):
+        monkeypatch.setattr(paths, name, tmp_path / folder)
+    return tmp_path / "reports"
+
+
+def made(**overrides):
+    return Page(page.write(params.load(**overrides)).read_text())
+
+
+def sections(found):
+    return [e["attrs"]["id"] for e in found.find("section")]
+
+
+def test_every_table_is_there_once_and_whole(reports):
+    found = made()
+    for path in (reports / "tables").glob("*.md"):
+        assert sections(found).count(path.stem) == 1
+        shown = [plain(e["text"]) for e in found.find("th", "td", inside=path.stem)]
+        assert shown == cells(path.read_text()), path.name
+
+
+def test_tables_and_figures_to_come_need_no_change(reports):
+    for name in ("table6", "table2", "figure5", "another"):
+        shutil.copy(reports / "tables/table4.md", reports / f"tables/{name}.md")
+    shutil.copy(reports / "figures/world.png", reports / "figures/figure5.png")
+    found = made()
+    ids = sections(found)
+    order = ["verdicts", "summary", "teachers", "table1", "table2", "table4", "table6", "another", "figure5", "figures"]
+    assert [i for i in ids if i in order] == order
+    for name in ("table6", "another"):
+        assert [plain(e["text"]) for e in found.find("th", "td", inside=name)] == cells(
+            (reports / "tables/table4.md").read_text())
+    assert [e["attrs"]["src"] for e in found.find("img")].count("figures/figure5.png") == 1
+    ids = [e["attrs"]["id"] for e in found.all if "id" in e["attrs"]]
+    assert len(ids) == len(set(ids))
+
+
+def test_every_figure_is_there_once_and_described(reports):
+    images = made().find("img")
+    on_disk = sorted(f"figures/{f.name}" for f in (reports / "figures").glob("*.png"))
+    assert sorted(e["attrs"]["src"] for e in images) == on_disk
+    assert images[0]["attrs"]["src"] == "figures/before_after.png"
+    assert all(len(e["attrs"]["alt"]) > 20 and int(e["attrs"]["width"]) > 0 for e in images)
+    captions = [e["text"] for e in made().find("figcaption")]
+    assert sorted(captions) == sorted(page.FIGURES[f.split("/")[1][:-4]][1] for f in on_disk)
+
+
+def test_a_figure_that_is_not_there_is_left_out(reports):
+    (reports / "figures/students.png").unlink()
+    html = page.write(params.load()).read_text()
+    assert "figures/students.png" not in html and page.FIGURES["students"][1].split("'")[0] not in html
+
+
+def test_nothing_is_fetched_and_links_lead_somewhere(reports):
+    found = made()
+    assert not found.find("script", "link", "iframe", "object", "embed", "video", "audio", "source", "base")
+    style = found.find("style")
+    assert len(style) == 1 and "url(" not in style[0]["text"] and "@import" not in style[0]["text"]
+    ids = {e["attrs"].get("id") for e in found.all}
+    for element in found.all:
+        assert not {"srcset", "onload", "poster", "background"} & set(element["attrs"])
+        for link in (element["attrs"].get("src"), element["attrs"].get("href")):
+            if link:
+                assert not re.match(r"\w+:|/", link), link
+                assert link[1:] in ids if link.startswith("#") else (reports / link).is_file(), link
+
+
+def test_every_verdict_is_there(reports):
+    text = (reports / "claims.md").read_text()
+    rows = re.findall(r"^\| (\w+) +\| (.+?) +\| (.+?) +\| (.+?) +\|$", text, re.M)
+    wanted = Counter(tuple(map(plain, row)) for row in rows if row[3] != "verdict")
+    found = made()
+    results = [e for e in found.find("li", inside="results")]
+    shown = Counter(plain(e["text"]) for e in results)
+    assert wanted and shown == Counter({"".join(row): n for row, n in wanted.items()})
+    assert {e["attrs"]["class"] for e in results} == {row[3].replace("notr", "not-r") for row in wanted}
+    counts = Counter({plain(e["text"]).lstrip("0123456789"): int(re.match(r"\d+", plain(e["text"]))[0])
+                      for e in found.find("li", inside="counts")})
+    assert +counts == Counter(row[3] for row in wanted.elements())
+    for title in re.findall(r"^## (.+)$", text, re.M):
+        assert title in [e["text"] for e in found.find("h3", inside="verdicts")]
+
+
+def test_marks_are_where_the_intervals_are(reports):
+    text = "# C\n\n## A\n\nThe paper: x.\n\n| backbone | student | difference | verdict |\n|:--|:--|:--|:--|\n"
+    rows = "| a | s | -0.5 [-1, +1.0e-3] | undecided |\n| b | s | +nan [+nan, +nan] | undecided |\n"
+    (claim,) = page.judged(page.parse(text + rows)[1])
+    value, low, high = claim["rows"][0]["mark"]
+    assert low < value < 50 < high < 50.1 and abs((50 - value) - (value - low)) < 0.1 and low > 0
+    assert claim["rows"][1]["mark"] is None
+
+
+def test_the_papers_numbers_stand_apart(reports):
+    found = made()
+    for name in ("table1", "table4"):
+        ours, theirs = re.split(r"\n(?=## The paper's|The paper \()", (reports / f"tables/{name}.md").read_text())
+        shown = [plain(e["text"]) for e in found.find("th", "td", inside="theirs") if name in e["inside"]]
+        assert shown == cells(theirs)
+        assert [plain(e["text"]) for e in found.find("th", "td", inside=name, without="theirs")] == cells(ours)
+    paragraph = next(e for e in found.find("p", inside="table4") if e["text"].startswith("The paper"))
+    assert "theirs" in paragraph["inside"]
+
+
+def test_how_to_rerun_is_what_dvc_and_params_say(reports):
+    found = made(**{"gad.h": 0.02})
+    rows = found.find("tr", inside="rerun")
+    assert any(re.fullmatch(r"gad\.h0\.02", plain(r["text"])) for r in rows)
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    for name in ("tables", "figures"):
+        for out in (next(iter(o)) for o in stages[name]["outs"]):
+            if out.endswith((".md", ".png")) and (reports.parent / out).exists() and "claims" not in out:
+                (row,) = (r["text"] for r in rows if out.removeprefix("reports/").split(".")[0] + "\n" in r["text"])
+                assert f"dvc repro --allow-missing {name}" in row
+                assert all(key in row for key in stages[name]["params"])
+    for command in re.findall(r"python -m gad (\w+)", found.find("pre")[0]["text"]):
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+
+
+def test_graph_follows_dependencies():
+    p = params.load()
+    stages = page.graph(p)
+    assert stages["autoencoder"]["needs"] == []
+    assert stages["teacher"]["needs"] == ["autoencoder"]
+    assert {"autoencoder", "teacher", "diagnose", "distill", "evaluate"} <= set(stages["tables"]["needs"])
+    assert "tables" not in stages["figures"]["needs"]
+    assert {f"backbones.{b}" for b in p.grid.backbones} <= set(stages["teacher"]["params"])
+    assert not any("${" in key for stage in stages.values() for key in stage["params"])
+
+
+def test_template_has_no_number_of_its_own():
+    text = (ROOT / "gad/page.html.j2").read_text()
+    for part in (r"<style>.*?</style>", r"\{%.*?%\}", r"\{\{.*?\}\}", r"<[^>]*>"):
+        text = re.sub(part, "", text, flags=re.S)
+    assert not re.search(r"\d", text)
+
+
+def test_bytes_repeat(reports):
+    first = page.write(params.load()).read_bytes()
+    assert page.write(params.load()).read_bytes() == first and first.endswith(b"</html>\n")
+
+
+@pytest.mark.parametrize("name, stage", [("claims.md", "tables"), ("figures/before_after.png", "figures")])
+def test_what_is_missing_is_named_with_its_stage(reports, name, stage):
+    (reports / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"^reports/{name} is missing: .*`dvc repro {stage}`$") as error:
+        page.write(params.load())
+    assert "\n" not in str(error.value)
+
+
+def test_a_figure_without_caption_is_an_error(reports):
+    shutil.copy(reports / "figures/world.png", reports / "figures/new.png")
+    with pytest.raises(ValueError, match=r"figures/new\.png has no caption"):
+        page.write(params.load())

@@ -1,0 +1,191 @@
+"""What noise is good for: a model equal to the teacher scores the ceiling, one that ignores its noise the floor."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.linalg import sqrtm
+
+from gad import params
+from gad.evaluation import diversity, noise_query
+from gad.params import ParamsError
+from gad.stages import uses as stage
+from gad.tables import uses as tables
+from gad.world import scenes
+
+
+def between(low, middle, high):
+    assert low < middle < high
+
+
+# Diversity
+
+
+def features(seeds, prompts, shared):
+    """(S, P, 8): a share `shared` of every image is the prompt's own."""
+    rng = np.random.default_rng(0)
+    own, prompt = rng.normal(size=(seeds, prompts, 8)), rng.normal(size=(1, prompts, 8))
+    return shared * prompt + (1 - shared) * own
+
+
+def test_vendi_counts_images():
+    one, many = np.tile(np.eye(8)[:1, None], (6, 3, 1)), np.eye(8)[:6, None].repeat(3, 1)
+    assert diversity.vendi(one) == pytest.approx(np.ones(3)) and diversity.vendi(many) == pytest.approx(6 * np.ones(3))
+    between(*(diversity.vendi(features(12, 5, s)).mean() for s in (1.0, 0.5, 0.0)))
+
+
+def test_layout_vendi_and_coverage():
+    rng = np.random.default_rng(0)
+    free, half = rng.uniform(10, 54, (32, 1, 2)), rng.uniform(10, 32, (32, 1, 2))
+    stuck = np.full((32, 1, 2), 20.0)
+    assert diversity.layout_vendi(stuck) == pytest.approx(1)
+    between(*(diversity.layout_vendi(x) for x in (stuck, half, free)))
+    prior = rng.uniform(10, 54, (512, 2))
+    between(*(diversity.coverage(x[:, 0], prior) for x in (stuck, half, free)))
+    assert diversity.coverage(prior, prior) == 1
+    far = np.array([[[0.0, 0.0]], [[500.0, 0.0]]])
+    assert diversity.layout_vendi(far) == pytest.approx(2)
+    absent = np.full((4, 1, 2), np.nan)
+    assert diversity.layout_vendi(absent) == 0 and diversity.coverage(absent[:, 0], prior) == 0
+
+
+def test_layouts_are_read_from_images():
+    world = scenes.sample(20, 3, "test")
+    scene = world[[int(np.flatnonzero(world.count == 2)[0])]]
+    many = scenes.relayout(scene, 5, 0)
+    found = diversity.layouts(many.render(), many.objects(0))
+    boxes = np.stack([many.boxes(i) for i in range(5)])
+    assert found == pytest.approx((boxes[..., :2] + boxes[..., 2:]) / 2, abs=1.5)
+    assert np.isnan(diversity.layouts(torch.zeros(1, 3, 64, 64), many.objects(0))).all()
+
+
+def test_fid_is_the_textbooks_and_draws_are_paired():
+    rng = np.random.default_rng(0)
+    real, same, moved = (rng.normal(size=(20, 30, 4)) + m for m in (0, 0, 0.5))
+    a, b = (x.reshape(-1, 4) for x in (moved, real))
+    s, t = np.cov(a.T), np.cov(b.T)
+    known = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real)
+    far, near = (diversity.distances(x, real, 10) for x in (moved, same))
+    assert far["fid"] == pytest.approx(known, rel=1e-4)
+    assert near["fid"] < 0.05 < far["fid"] and near["kid"] < far["kid"] and len(far["fid_draws"]) == 10
+    assert diversity.distances(moved, real, 10) == far
+    assert np.std(np.subtract(far["fid_draws"], near["fid_draws"])) > 0
+
+
+# NoiseQuery
+
+
+def test_attributes_of_known_images():
+    world = scenes.sample(40, 5, "test")
+    found = noise_query.attributes(world.render())
+    one = np.flatnonzero(world.count == 1)
+    assert found["centroid x"][one] * 64 == pytest.approx(world.centre[one, 0, 0], abs=1.5)
+    sizes = {"circle": np.pi, "square": 1.8**2, "triangle": 1.8}
+    factor = np.array([sizes[scenes.SHAPES[k]] for k in world.shape[one, 0]])
+    assert found["area"][one] * 64**2 == pytest.approx(factor * world.radius[one, 0] ** 2, rel=0.15)
+    plain = noise_query.attributes(torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 64, 64))
+    assert plain["saturation"] == pytest.approx([1]) and plain["warmth"] == pytest.approx([1])
+    assert plain["brightness"] == pytest.approx([1 / 3])
+    assert np.isnan(noise_query.attributes(torch.ones(1, 3, 64, 64))["centroid x"]).all()
+
+
+def test_extremes_leave_out_what_is_not_there():
+    top, bottom = noise_query.extremes(np.array([3.0, np.nan, 1.0, 2.0, 5.0, 4.0]), 2)
+    assert top.tolist() == [4, 5] and bottom.tolist() == [2, 3]
+    with pytest.raises(ValueError, match=r"the library has 1 images .* 2 are wanted: enlarge it"):
+        noise_query.extremes(np.array([1.0, np.nan]), 1)
+
+
+def test_shift_and_rank_correlation_between_floor_and_ceiling():
+    rng = np.random.default_rng(0)
+    library, own = rng.normal(size=64), rng.normal(size=(64, 5))
+    models = [share * library[:, None] + (1 - share) * own for share in (0.0, 0.5, 1.0)]
+    top, bottom = noise_query.extremes(library, 8)
+    between(*(noise_query.shift(x[top], x[bottom], 1.0).mean() for x in models))
+    between(*(noise_query.rank_correlation(library, x).mean() for x in models))
+    assert noise_query.rank_correlation(library, models[2]) == pytest.approx(np.ones(5))
+    deaf = np.tile(own[:1], (64, 1))
+    assert not noise_query.shift(deaf[top], deaf[bottom], 1.0).any()
+    assert not noise_query.rank_correlation(library, deaf).any()
+
+
+# The stage
+
+
+def test_no_prompt_is_on_both_sides():
+    world = stage._world(params.load())
+    assert len(set(world.captions())) == len(world) == params.load().uses.prompts
+
+
+@pytest.mark.parametrize("key, value", [("uses.train", 64), ("uses.query", 65), ("uses.scale", 0.0)])
+def test_sizes_that_do_not_fit(key, value):
+    with pytest.raises(ParamsError, match=key.split(".")[1]):
+        params.load(**{key: value})
+
+
+# The tables
+
+
+def result(vendi=3.0, shift=1.0, ap=0.5):
+    lists = {k: [0.5, 0.7, 0.6] for k in ("clip", "scene", "colour_count")}
+    how = {"ap": ap, "ap_draws": [ap, ap + 0.1], "ap50": ap, "ap50_draws": [ap, ap + 0.1], "iou": [0.1, 0.2],
+           "centre": [3.0, 4.0], "clip": [0.5, 0.6], "scene": [0, 1]}
+    kinds = {k: {"top1": [0.5, 0.7], "top5": [0.9, 1.0]} for k in ("linear", "cnn")}
+    return {
+        "quality": lists, "distance": {"fid": 1.0, "kid": 0.1, "fid_draws": [1.0, 1.2]},
+        "diversity": {"vendi": [vendi] * 3, "layout_vendi": [2.0] * 3, "coverage": [0.5] * 3},
+        "seeds": {"self": kinds, "teacher": kinds, "prompts": {"12": kinds["linear"]}},
+        "layout": {h: how for h in ("free", "shuffled", "0.05", "guided")},
+        "query": {"shift": {"area": [shift, 2 * shift]}, "rho": {"area": [0.1, 0.2, 0.3]},
+                  "clip_gain": [0.1, 0.0, 0.1]},
+    }
+
+
+SMALL = {"grid.backbones": ["sana"], "further.controls.backbones": ["sana"], "report.bootstrap": 50}
+
+
+@pytest.fixture
+def long(monkeypatch):
+    found = {"teacher": result(4.0, 2.0), "TDM": result(2.0, 0.5, 0.3), "TDM + GAD": result(3.0, 1.0, 0.4)}
+    found["the world"] = {k: found["teacher"][k] for k in ("quality", "distance", "diversity")}
+    monkeypatch.setattr(tables, "models", lambda p, backbone: found)
+    return tables.long(params.load(**SMALL))
+
+
+def at(frame, model, metric):
+    row = frame[(frame["model"] == model) & (frame["metric"] == metric)]
+    assert len(row) == 1
+    return row.iloc[0]
+
+
+def test_differences_are_gad_less_base(long):
+    assert at(long["table5"], "TDM + GAD − base", "guided, AP50")["value"] == pytest.approx(0.1)
+    assert at(long["table5"], "TDM + GAD − base", "guided, AP50")["low"] == pytest.approx(0.1)  # paired draws
+    assert at(long["table6"], "TDM + GAD − base", "mean shift")["value"] == pytest.approx(0.75)
+    assert at(long["table6"], "TDM / teacher", "mean shift")["value"] == pytest.approx(0.25)
+    assert at(long["figure5"], "TDM + GAD − base", "distance from the teacher's Vendi")["value"] == pytest.approx(-1)
+    assert "the world" not in set(long["table2"]["model"]) and "the world" in set(long["table3"]["model"])
+
+
+def test_seeds_of_distillation_are_averaged():
+    mean = tables.merged([result(2.0), result(4.0)])
+    assert mean["diversity"]["vendi"] == pytest.approx([3.0] * 3)
+    assert mean["layout"]["guided"]["ap"] == pytest.approx(0.5)
+
+
+def test_intervals():
+    assert tables.interval((1.0, np.linspace(0, 100, 101)), 10) == pytest.approx((1.0, 2.5, 97.5))
+    value, low, high = tables.interval([0.0, 1.0] * 50, 400)
+    assert value == 0.5 and 0.35 < low < 0.5 < high < 0.65
+
+
+def test_pages_are_written(long, monkeypatch, tmp_path):
+    from gad import paths
+
+    monkeypatch.setattr(paths, "TABLES", tmp_path)
+    p = params.load(**SMALL)
+    tables.write(p)
+    for name in tables.TABLES:
+        text = (tmp_path / f"{name}.md").read_text()
+        assert "TDM + GAD" in text and "The paper's" in text and "nan" not in text
+        assert {"model", "value", "low", "high"} <= set(pd.read_csv(tmp_path / f"{name}.csv").columns)
