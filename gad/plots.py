@@ -109,12 +109,15 @@ def figure5(p: Params):
         for name, result in uses.models(p, backbone).items():
             x, y = (uses.interval(v, 500) for v in (result["quality"]["clip"], result["diversity"]["vendi"]))
             at[name] = x[0], y[0]
-            plain = name not in ("teacher", "the world")
-            variant = "gad" if name.endswith("+ GAD") else "base"
-            colour = COLOURS[variant] if plain and "," not in name else COLOURS["teacher"] if not plain else "#949494"
+            if name in ("teacher", "the world"):
+                colour = COLOURS["teacher"]
+            elif name.endswith(tables.HYBRID):
+                colour = "#949494"
+            else:
+                colour = COLOURS["gad" if name.endswith("+ GAD") else "base"]
             ax.errorbar(x[0], y[0], xerr=[[x[0] - x[1]], [x[2] - x[0]]], yerr=[[y[0] - y[1]], [y[2] - y[0]]],
                         fmt={"teacher": "*", "the world": "s"}.get(name, "o"), ms=5, lw=0.8, color=colour)
-            ax.annotate(name.replace(", first step by the teacher", ", hybrid"), at[name],
+            ax.annotate(name.replace(tables.HYBRID, ", hybrid"), at[name],
                         xytext=(4, -9 if colour == COLOURS["base"] else 4), textcoords="offset points",
                         fontsize=6.5, color=colour)
         for name, end in at.items():

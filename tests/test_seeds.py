@@ -82,6 +82,11 @@ def test_saved_and_loaded_it_ranks_the_same(kind, tmp_path):
     found.save(tmp_path / "c.safetensors")
     again = Classifier.load(tmp_path / "c.safetensors")
     assert again.kind == kind and (again.ranks(test) == found.ranks(test)).all()
+    written = set()
+    for _ in range(10):
+        found.save(tmp_path / "again.safetensors")
+        written.add((tmp_path / "again.safetensors").read_bytes())
+    assert len(written) == 1
 
 
 def test_a_network_is_its_seeds_and_leaves_the_global_generator_alone():
@@ -100,8 +105,9 @@ def test_damaged_files_are_one_line(tmp_path):
     whole = path.read_bytes()
     other = seeds.save_file
     for spoil in (lambda: path.write_bytes(whole[:-40]), lambda: path.write_bytes(b"no"), path.unlink,
-                  lambda: other({"a": torch.zeros(1)}, path), lambda: other({}, path, {"kind": "x", "seeds": "3"}),
-                  lambda: other({}, path, {"kind": "cnn", "seeds": "3"})):
+                  lambda: other({"a": torch.zeros(1)}, path),
+                  lambda: other({}, path, {"classifier": '{"kind": "x", "seeds": 3}'}),
+                  lambda: other({}, path, {"classifier": '{"kind": "cnn", "seeds": 3}'})):
         spoil()
         with pytest.raises(ValueError, match="holds no seed classifier") as e:
             Classifier.load(path)

@@ -11,7 +11,7 @@ from gad.evaluation import diversity, noise_query
 from gad.params import ParamsError
 from gad.stages import uses as stage
 from gad.tables import uses as tables
-from gad.world import scenes
+from gad.world import detector, scenes
 
 
 def between(low, middle, high):
@@ -53,10 +53,11 @@ def test_layouts_are_read_from_images():
     world = scenes.sample(20, 3, "test")
     scene = world[[int(np.flatnonzero(world.count == 2)[0])]]
     many = scenes.relayout(scene, 5, 0)
-    found = diversity.layouts(many.render(), many.objects(0))
+    wanted = [many.objects(0)]
+    found = detector.layouts(many.render(), wanted * 5)
     boxes = np.stack([many.boxes(i) for i in range(5)])
     assert found == pytest.approx((boxes[..., :2] + boxes[..., 2:]) / 2, abs=1.5)
-    assert np.isnan(diversity.layouts(torch.zeros(1, 3, 64, 64), many.objects(0))).all()
+    assert np.isnan(detector.layouts(torch.zeros(1, 3, 64, 64), wanted)).all()
 
 
 def test_fid_is_the_textbooks_and_draws_are_paired():

@@ -7,12 +7,10 @@ import warnings
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 from vendi_score import vendi as scores
-
-from ..world.detector import detect
 
 WIDTH = 8.0  # pixels: layouts this far apart are half-way to being different ones
 NEAR = 5.0  # pixels within which a centre of the prior counts as covered
@@ -22,18 +20,6 @@ def vendi(features: np.ndarray) -> np.ndarray:
     """Vendi score (Friedman & Dieng 2023) of each prompt's images, (P,) in [1, S]; `features` (S, P, D) are compared
     by their cosine."""
     return np.array([scores.score_X(features[:, k].astype(np.float64)) for k in range(features.shape[1])])
-
-
-def layouts(images: Tensor, objects: list[tuple[str, str]]) -> np.ndarray:
-    """Centres (n, K, 2) in pixels of a prompt's K objects in n images (n, 3, 64, 64), matched by colour; NaN where one
-    is absent."""
-    out = np.full((len(images), len(objects), 2), np.nan)
-    for i, image in enumerate(images):
-        found = detect(image)[0]
-        for k, (_, colour) in enumerate(objects):
-            if match := [f for f in found if f.colour == colour]:
-                out[i, k] = max(match, key=lambda f: f.score).centre
-    return out
 
 
 def layout_vendi(points: np.ndarray) -> float:

@@ -7,6 +7,7 @@ models' seeds are named almost surely too (Xu et al. 2025, arXiv 2405.14828), so
 measure: `curve`.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +42,8 @@ class Classifier:
         return ((~(logits < right)).sum(1) - 1).view(seeds, prompts).numpy()
 
     def save(self, path: Path):
-        seeds = self.network[-1].out_features
-        save_file(self.network.state_dict(), path, {"kind": self.kind, "seeds": str(seeds)})
+        made = {"kind": self.kind, "seeds": self.network[-1].out_features}
+        save_file(self.network.state_dict(), path, {"classifier": json.dumps(made)})  # of two keys the order is random
 
     @staticmethod
     def load(path: Path) -> "Classifier":
@@ -50,12 +51,13 @@ class Classifier:
         try:
             with safe_open(path, "pt") as f:
                 meta, state = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-            network = _network(meta["kind"], int(meta["seeds"]))
+            made = json.loads(meta["classifier"])
+            network = _network(**made)
             network.load_state_dict(state)
         except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
             line = str(error).splitlines()[0]
             raise ValueError(f"{path} holds no seed classifier ({line}): fit it again") from None
-        return Classifier(meta["kind"], network.eval())
+        return Classifier(made["kind"], network.eval())
 
 
 def fit(images: Tensor, kind: str, seed: int = 0) -> Classifier:

@@ -1,6 +1,7 @@
 """What all tables share: results by their runs, names, cells."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ VARIANTS = {
     "unrelated": " + unrelated tangents", "augmentation": " + noise augmentation", "rkd": " + RKD",
     "similarity": " + SP", "longer": ", longer",
 }
+HYBRID = ", first step by the teacher"
 
 
 def read(path: Path) -> dict:
@@ -38,13 +40,23 @@ def prompts_of(points: int, noises: int, seeds: int) -> np.ndarray:
     return np.tile(np.arange(points) // noises, seeds)
 
 
-def models(p: Params, backbone: str) -> dict[tuple[str, str], list[dict]]:
-    """Results of a backbone's students by (paradigm, variant), one entry a seed."""
+def grouped(runs: list[Run], backbone: str, place: Callable[[Run], Path]) -> dict[tuple[str, str], list[dict]]:
+    """Results of a backbone's students by (paradigm, variant), one entry a seed; `place`: the file of a run."""
     out: dict[tuple[str, str], list[dict]] = {}
-    for run in p.runs():
+    for run in runs:
         if run.backbone == backbone:
-            out.setdefault((run.paradigm, run.variant), []).append(read(paths.result(run)))
+            out.setdefault((run.paradigm, run.variant), []).append(read(place(run)))
     return out
+
+
+def models(p: Params, backbone: str) -> dict[tuple[str, str], list[dict]]:
+    """Every student's results of the evaluate stage, as `grouped` has them."""
+    return grouped(p.runs(), backbone, paths.result)
+
+
+def records(measured: dict[str, tuple[float, float, float]], **keys) -> list[dict]:
+    """Rows of a long form: `keys`, then metric, value, low and high."""
+    return [keys | {"metric": k, "value": v, "low": a, "high": b} for k, (v, a, b) in measured.items()]
 
 
 def save(name: str, long: pd.DataFrame, text: list[str]):

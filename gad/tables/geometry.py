@@ -6,7 +6,7 @@ import pandas as pd
 from .. import paths
 from ..evaluation.geometry import bootstrap, spectral_kl
 from ..params import Params, Run
-from .common import label, models, pivot, prompts_of, read, save
+from .common import HYBRID, label, models, pivot, prompts_of, read, records, save
 
 PAPER = pd.DataFrame(  # Table 1 of the paper, PixArt-α at full size
     [
@@ -71,10 +71,7 @@ def table1(p: Params) -> pd.DataFrame:
     n, noises, rows = p.report.bootstrap, p.evaluation.noises, []
 
     def add(backbone, model, where, measured):
-        rows.extend(
-            {"backbone": backbone, "model": model, "map": where, "metric": k, "value": v, "low": a, "high": b}
-            for k, (v, a, b) in measured.items()
-        )
+        rows.extend(records(measured, backbone=backbone, model=model, map=where))
 
     for backbone in p.grid.backbones:
         for name, floor in read(paths.diagnosis(backbone) / "floors.json").items():
@@ -91,7 +88,7 @@ def table1(p: Params) -> pd.DataFrame:
                 add(backbone, name, f"local t={level}", measure([r["local"][level] for r in results], n, noises))
             add(backbone, name, "images", accuracy(results, n) | share(results, teacher, n))
             if variant == "base" and "hybrid" in results[0]:
-                hybrid, mixed = [r["hybrid"] for r in results], f"{name}, first step by the teacher"
+                hybrid, mixed = [r["hybrid"] for r in results], name + HYBRID
                 add(backbone, mixed, "endpoint", measure([r["endpoint"] for r in hybrid], n, noises))
                 add(backbone, mixed, "images", accuracy(hybrid, n) | share(hybrid, teacher, n))
             if variant != "base" and (paradigm, "base") in found:

@@ -5,7 +5,7 @@ import pandas as pd
 
 from ..evaluation.geometry import bootstrap
 from ..params import Params, Run
-from .common import label, models, pivot, prompts_of, save
+from .common import label, models, pivot, prompts_of, records, save
 
 PAPER = "The paper (PixArt-α, 200 unseen prompts, norm not known), at t = 0: 0.491 without and 0.427 with GAD, −13 %."
 
@@ -26,8 +26,7 @@ def table4(p: Params) -> pd.DataFrame:
                 if variant != "base" and base is not None:
                     a, b = errors["relative"][:, k], base[:, k]
                     stats["change"] = bootstrap(lambda i, a=a, b=b: a[i].mean() / b[i].mean() - 1, prompts, n)
-                rows += [{"backbone": backbone, "model": name, "step": k + 1, "metric": m, "value": v, "low": x,
-                          "high": y} for m, (v, x, y) in stats.items()]
+                rows += records(stats, backbone=backbone, model=name, step=k + 1)
     return pd.DataFrame(rows)
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 from .. import paths
 from ..evaluation.geometry import bootstrap
 from ..params import Params, Run
-from .common import label, pivot, read, save
+from .common import HYBRID, grouped, label, pivot, read, records, save
 
 KINDS = {"linear": "linear", "cnn": "CNN"}
 TRACKED = {  # in reports/metrics.json, for `dvc metrics diff`
@@ -58,11 +58,10 @@ def _figure5(r: dict) -> dict:
             "CLIP": r["quality"]["clip"]}
 
 
-TABLES: dict[str, Callable[[dict], dict]] = {
-    "table2": _table2, "table3": _table3, "table5": _table5, "table6": _table6, "figure5": _figure5,
+TABLES: dict[str, tuple[str, Callable[[dict], dict]]] = {  # with the part of a result that each is of: not all have all
+    "table2": ("seeds", _table2), "table3": ("quality", _table3), "table5": ("layout", _table5),
+    "table6": ("query", _table6), "figure5": ("diversity", _figure5),
 }
-PARTIAL = ("table2", "table3", "figure5")  # those that the hybrid sampler's images have
-UNTRAINED = ("table3", "figure5")  # and the world's own
 
 
 def merged(results: list):
@@ -94,16 +93,13 @@ def models(p: Params, backbone: str) -> dict[str, dict]:
     """Results by a model's name: the world's own images, the teacher, each student, and a base student's with the
     hybrid sampler. Students with something else in GAD's place have no such results."""
     teacher = read(paths.references(backbone) / "teacher.json")
-    out, found = {"the world": teacher["world"], "teacher": teacher}, {}
-    for block in (p.grid, p.further.paradigms):
-        for run in block.runs(p.seeds.distill):
-            if run.backbone == backbone:
-                found.setdefault((run.paradigm, run.variant), []).append(read(paths.use(run)))
-    for (paradigm, variant), results in found.items():
+    out = {"the world": teacher["world"], "teacher": teacher}
+    runs = [*p.grid.runs(p.seeds.distill), *p.further.paradigms.runs(p.seeds.distill)]
+    for (paradigm, variant), results in grouped(runs, backbone, paths.use).items():
         name = label(Run(backbone, paradigm, variant, 0))
         out[name] = merged(results)
         if "hybrid" in results[0]:
-            out[f"{name}, first step by the teacher"] = merged([r["hybrid"] for r in results])
+            out[name + HYBRID] = merged([r["hybrid"] for r in results])
     return out
 
 
@@ -113,17 +109,11 @@ def long(p: Params) -> dict[str, pd.DataFrame]:
     n, rows = p.report.bootstrap, {name: [] for name in TABLES}
     for backbone in p.grid.backbones:
         found = models(p, backbone)
-        for table, flat in TABLES.items():
-            shown = {
-                name: flat(r) for name, r in found.items()
-                if table in UNTRAINED or (table in PARTIAL and name != "the world") or "layout" in r
-            }
+        for table, (part, flat) in TABLES.items():
+            shown = {name: flat(r) for name, r in found.items() if part in r}
 
             def add(model, metrics, backbone=backbone, table=table):
-                rows[table] += [
-                    {"backbone": backbone, "model": model, "metric": k, "value": v, "low": low, "high": high}
-                    for k, (v, low, high) in metrics.items()
-                ]
+                rows[table] += records(metrics, backbone=backbone, model=model)
 
             if table == "table3":
                 del shown["the world"]["FID"]  # from itself
@@ -135,7 +125,7 @@ def long(p: Params) -> dict[str, pd.DataFrame]:
                     add(f"{name} − base", {k: interval(less(x, base[k]), n) for k, x in metrics.items()})
                     if table == "figure5":
                         add(f"{name} − base", _gap(metrics, base, shown["teacher"], n))
-                if table == "table6" and name not in ("teacher", "the world"):
+                if table == "table6" and name != "teacher":
                     add(f"{name} / teacher", _retained(metrics, shown["teacher"], n))
     return {name: pd.DataFrame(r) for name, r in rows.items()}
 
@@ -207,9 +197,10 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
     seeds = f"{u.seeds} seeds under {u.prompts} prompts"
     numbers = [f"of {n} prompts" for n in (u.train // 4, u.train // 2, u.train) if n]
     named = [f"{side}, {kind}, top-{k}" for side in ("self", "teacher") for kind in KINDS.values() for k in (1, 5)]
-    hows = ["free", "shuffled", "guided"]
+    quality = ["CLIP", "scene accuracy", "colours and count", "FID"]
+    diversity = ["Vendi", "layout Vendi", "coverage", "CLIP"]
     layout = [f"guided, {k}" for k in ("AP", "AP50", "IoU", "centre, px", "CLIP", "scene accuracy")]
-    floors = [f"{how}, {k}" for how in hows[:2] for k in ("AP", "AP50", "IoU", "centre, px")]
+    floors = [f"{how}, {k}" for how in ("free", "shuffled") for k in ("AP", "AP50", "IoU", "centre, px")]
     sweep = [f"{how}, {k}" for how in ("free", *map(str, sorted(u.sweep)), "guided") for k in ("AP50", "CLIP")]
     shifts, rhos = ([m for m in dict.fromkeys(found["table6"]["metric"]) if m.startswith(s)] for s in ("shift", "ρ"))
     pages = {
@@ -226,9 +217,8 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             "tell apart); scene accuracy, by the detector, stands where the paper has PickScore; FID on that model's "
             "features, against the world's own layouts of the same prompts; few images make it large, and resampled "
             "prompts, which repeat, larger: its intervals lean upward, and only differences are to be read."),
-            *_section(found["table3"], ["CLIP", "scene accuracy", "colours and count", "FID"], "Quality", _own),
-            *_section(found["table3"], ["CLIP", "scene accuracy", "colours and count", "FID"], "Differences, paired",
-                      _difference, "+.3g")],
+            *_section(found["table3"], quality, "Quality", _own),
+            *_section(found["table3"], quality, "Differences, paired", _difference, "+.3g")],
         "table5": ["# Table 5, layout control without training", (
             f"{note} {u.layouts} prompts of two objects and a box for each, of which the prompt says nothing. "
             f"Attention guidance at the student's first two times, {u.evals} gradients at each for every model, each "
@@ -251,10 +241,9 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
         "figure5": ["# Figure 5, diversity and fidelity", (
             f"{note} {seeds}. Vendi: of a prompt's images by the judge's features, at most {u.seeds}; layout Vendi: of "
             "its objects' places; coverage: share of the world's own layouts that the model comes near to."),
-            *_section(found["figure5"], ["Vendi", "layout Vendi", "coverage", "CLIP"], "Diversity", _own),
-            *_section(found["figure5"],
-                      ["Vendi", "layout Vendi", "coverage", "CLIP", "distance from the teacher's Vendi"],
-                      "Differences, paired", _difference, "+.3g")],
+            *_section(found["figure5"], diversity, "Diversity", _own),
+            *_section(found["figure5"], [*diversity, "distance from the teacher's Vendi"], "Differences, paired",
+                      _difference, "+.3g")],
     }
     for name, text in pages.items():
         save(name, found[name], [*text, *PAPER[name]])

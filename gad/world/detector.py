@@ -80,10 +80,16 @@ def judge(images: torch.Tensor, objects: list[list[tuple[str, str]]]) -> dict[st
 
 
 def centres(images: torch.Tensor, objects: list[list[tuple[str, str]]]) -> np.ndarray:
-    """Centre (n, 2) of the first named object in each image, matched by colour; NaN where it is absent."""
-    out = np.full((len(images), 2), np.nan)
+    """Centre (n, 2) of the first named object in each image, as `layouts` finds it."""
+    return layouts(images, [wanted[:1] for wanted in objects])[:, 0]
+
+
+def layouts(images: torch.Tensor, objects: list[list[tuple[str, str]]]) -> np.ndarray:
+    """Centres (n, K, 2) in pixels of the K named objects in each image, matched by colour; NaN where one is absent."""
+    out = np.full((len(images), len(objects[0]), 2), np.nan)
     for i, (image, wanted) in enumerate(zip(images, objects, strict=True)):
-        match = [f for f in detect(image)[0] if f.colour == wanted[0][1]]
-        if match:
-            out[i] = max(match, key=lambda f: f.score).centre
+        found = detect(image)[0]
+        for k, (_, colour) in enumerate(wanted):
+            if match := [f for f in found if f.colour == colour]:
+                out[i, k] = max(match, key=lambda f: f.score).centre
     return out

@@ -112,9 +112,9 @@ class JudgeTask:
     """Contrastive, with every caption's swaps among the texts. A third of the scenes show pairs that the teachers and
     students never see, for these are to be judged too."""
 
-    def __init__(self, model, batch, lr, muon=None):
+    def __init__(self, model, batch, lr):
         self.model, self.batch, self.tokenizer = model, batch, build_tokenizer()
-        self.roles = {"judge": Role(model, lr, (0.9, 0.98), muon=muon)}
+        self.roles = {"judge": Role(model, lr, (0.9, 0.98))}
 
     def losses(self, step, generator):
         device, third = generator.device, self.batch // 3
@@ -156,7 +156,7 @@ def load(folder: Path, device="cpu") -> Judge:
 def pretrain(folder: Path, work: Path, p: dict, seed: int, accelerator=None) -> dict:
     """Train the judge, save it to `folder`, return its metrics."""
     torch.manual_seed(seed)
-    task = JudgeTask(open_clip.CLIP(**CONFIG), p["batch"], p["lr"], p.get("muon"))
+    task = JudgeTask(open_clip.CLIP(**CONFIG), p["batch"], p["lr"])
     train(task, work, p["steps"], seed, {"judge": CONFIG, **p}, p["warmup"], accelerator=accelerator)
     save(task.model, CONFIG, folder)
     return evaluate(load(folder), seed)

@@ -164,12 +164,19 @@ def spread(points: np.ndarray) -> float:
     return float(np.sqrt(((points - points.mean(0)) ** 2).sum(1).mean())) if len(points) > 1 else 0.0
 
 
-@torch.no_grad()
 def generate(
     backbone, network, prompts: list[str], steps, cfg, seed, batch: int = 128, first=None
 ) -> torch.Tensor:
     """Images (n, 3, H, W), one a prompt, from `backbone.noise(n, seed)`."""
-    z, cond = backbone.noise(len(prompts), seed), backbone.encode(prompts)
+    return draw(backbone, network, backbone.noise(len(prompts), seed), prompts, steps, cfg, batch, first)
+
+
+@torch.no_grad()
+def draw(
+    backbone, network, z: torch.Tensor, prompts: list[str], steps, cfg, batch: int = 128, first=None
+) -> torch.Tensor:
+    """Images (n, 3, H, W) of noises z (n, C, h, w), one a prompt."""
+    cond = backbone.encode(prompts)
     out = [
         backbone.decode(backbone.sample(network, z[i:i + batch], cond[i:i + batch], steps, cfg, first=first))
         for i in range(0, len(prompts), batch)
