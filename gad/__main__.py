@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
         ("teacher", "train a miniature teacher", ("backbone",)),
         ("diagnose", "teacher endpoints, tangents and floors", ("backbone",)),
         ("distill", "train a student", ("backbone", "paradigm", "variant", "seed")),
+        ("publish", "a student from a checkpoint of others", ("backbone", "paradigm")),
         ("evaluate", "measure a student", ("backbone", "paradigm", "variant", "seed")),
         ("judge", "train the world's OpenCLIP model", ()),
         ("references", "the teacher's side of Tables 2, 3, 5, 6 and Figure 5", ("backbone",)),
@@ -28,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         for arg in args:
             number = {"seed": 0, "blocks": 8}.get(arg)
             command.add_argument(arg, **({} if number is None else {"nargs": "?", "default": number, "type": int}))
+        if name == "distill":
+            command.add_argument("--track", choices=("tensorboard", "wandb", "dvclive"), help="losses, probes, samples")
     args = parser.parse_args(argv)
     import json
 
@@ -38,19 +41,22 @@ def main(argv: list[str] | None = None) -> int:
         overrides = {k: yaml.safe_load(v) for k, v in overrides.items()}
         p = load(**({"path": args.params} if args.params else {}), **overrides)
         known = {
-            "kind": p.autoencoder, "backbone": p.backbones, "paradigm": p.paradigms, "variant": p.variants
+            "kind": p.autoencoder, "backbone": p.backbones, "paradigm": p.names, "variant": p.variants
         }
         for name, choices in known.items():
             if getattr(args, name, None) not in (None, *choices):
                 raise ParamsError(f"{name}={getattr(args, name)!r} is unknown: there are {', '.join(choices)}")
         if "paradigm" in args:
-            key = (Run(args.backbone, args.paradigm, args.variant, args.seed),)
+            key = (Run(args.backbone, args.paradigm, getattr(args, "variant", "base"), getattr(args, "seed", 0)),)
         else:
             key = tuple(getattr(args, name) for name in ("kind", "backbone") if name in args)
         from . import stages  # after the checks: it imports torch
 
-        further = {"trial": lambda: (overrides,), "cost": lambda: (args.blocks,)}.get(args.command, tuple)()
-        print(json.dumps(getattr(stages, args.command)(*key, p, *further), indent=2))
+        further = {
+            "trial": lambda: (overrides,), "cost": lambda: (args.blocks,), "distill": lambda: (args.track,)
+        }.get(args.command, tuple)()
+        if told := getattr(stages, args.command)(*key, p, *further):  # nothing of a process beside the main one
+            print(json.dumps(told, indent=2))
     except (ParamsError, ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"gad: {error}", file=sys.stderr)
         return 1

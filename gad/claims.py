@@ -65,23 +65,22 @@ def verdict(low: float, high: float, sign: int, margin: float = 0.0) -> str:
 
 
 def judge(p: Params, results: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """A row for every claim, backbone and paradigm of the grid. `results`: the long tables by name."""
-    rows = []
+    """A row for every claim, and backbone and paradigm with GAD. `results`: the long tables by name."""
+    rows, students = [], dict.fromkeys((r.backbone, r.paradigm) for r in p.runs() if r.variant == "gad")
     for claim in CLAIMS:
         found = results[claim.table]
         found = found[claim.rows(found)]
-        for backbone in p.grid.backbones:
-            for paradigm in p.grid.paradigms:
-                name = label(Run(backbone, paradigm, "gad", 0))
-                others = (label(Run(backbone, paradigm, v, 0)) for v in claim.against)
-                names = {name, f"{name} − base"} if claim.against == ("base",) else {f"{name} − ({o})" for o in others}
-                mine = found[(found["backbone"] == backbone) & found["model"].isin(names)]
-                for row in mine.itertuples():
-                    margin = getattr(p.report, claim.margin) if claim.margin else 0.0
-                    student = row.model.removesuffix(" − base")
-                    rows.append({"claim": claim.text, "paper": claim.paper, "backbone": backbone, "student": student,
-                                 "difference": row.value, "low": row.low, "high": row.high,
-                                 "verdict": verdict(row.low, row.high, claim.sign, margin)})
+        for backbone, paradigm in students:
+            name = label(Run(backbone, paradigm, "gad", 0))
+            others = (label(Run(backbone, paradigm, v, 0)) for v in claim.against)
+            names = {name, f"{name} − base"} if claim.against == ("base",) else {f"{name} − ({o})" for o in others}
+            mine = found[(found["backbone"] == backbone) & found["model"].isin(names)]
+            for row in mine.itertuples():
+                margin = getattr(p.report, claim.margin) if claim.margin else 0.0
+                student = row.model.removesuffix(" − base")
+                rows.append({"claim": claim.text, "paper": claim.paper, "backbone": backbone, "student": student,
+                             "difference": row.value, "low": row.low, "high": row.high,
+                             "verdict": verdict(row.low, row.high, claim.sign, margin)})
     return pd.DataFrame(rows)
 
 
@@ -91,7 +90,7 @@ def write(p: Params, results: dict[str, pd.DataFrame]):
     text = [
         "# The paper's claims, in miniature",
         "GAD minus base, or minus what stands in brackets, on the same test prompts and noises, with 95 % bootstrap "
-        "intervals over prompts; one row a student of the grid, distillation seeds "
+        "intervals over prompts; one row a student, distillation seeds "
         f"{', '.join(map(str, p.seeds.distill))}. *Reproduced*: the whole "
         "interval is on the claimed side of zero; *not reproduced*: none of it; else *undecided*. Where nothing is "
         f"claimed to be lost, up to {p.report.loss:g} of scene accuracy (`report.loss`) and {p.report.clip:g} of CLIP "

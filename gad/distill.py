@@ -5,12 +5,11 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from .backbones import Backbone, Condition
 from .evaluation.geometry import compare, endpoint, tangents
 from .paradigms import PARADIGMS
-from .paradigms.base import Batch
+from .paradigms.base import Batch, Draws
 from .paradigms.forms import gad_loss
 from .params import Params, Run
 from .tangents import Samples, Tangents
@@ -19,29 +18,29 @@ from .training import identity_key, step_generator, train
 
 class Distillation:
     """The training task of one student. GAD draws from its own generator, so that `lam: 0` leaves every bit of
-    the base method as it is."""
+    the base method as it is. `part` = (i, n): `losses` are of part i of n of a step's batch and of GAD's pairs."""
 
     def __init__(self, paradigm, cond: Condition, teacher: Tangents, gad, batch: int, seed: int, samples=None):
         self.paradigm, self.cond, self.teacher, self.gad = paradigm, cond, teacher, gad
         self.batch, self.seed, self.roles, self.samples = batch, seed, paradigm.roles, samples
+        self.part = (0, 1)
 
     def draw(self, generator) -> Batch:
         """New noises and any prompts; for a paired paradigm, samples of the teacher and the noises they came from."""
+        draws = Draws(generator, *self.part)
+        n = self.batch // draws.parts
         if self.paradigm.paired:
-            of = self.samples
-            i = torch.randint(len(of), (self.batch,), generator=generator, device=generator.device)
-            return Batch(of.z[i], of.cond[i], generator, of.x0[i])
-        shape, device = self.paradigm.backbone.latent_shape, generator.device
-        z = torch.randn(self.batch, *shape, generator=generator, device=device)
-        prompts = torch.randint(len(self.cond), (self.batch,), generator=generator, device=device)
-        return Batch(z, self.cond[prompts], generator)
+            of, i = self.samples, draws.integers(len(self.samples), n)
+            return Batch(of.z[i], of.cond[i], generator, of.x0[i], self.part)
+        z = draws.normal(n, *self.paradigm.backbone.latent_shape)
+        return Batch(z, self.cond[draws.integers(len(self.cond), n)], generator, part=self.part)
 
     def losses(self, step, generator):
         device = generator.device
         out = self.paradigm.losses(self.draw(generator), step)
         if self.gad and "student" in out:
             own = step_generator(self.seed, step, device, "gad")
-            term = gad_loss(self.paradigm, self.teacher, self.gad, self.paradigm.turn(step), own)
+            term = gad_loss(self.paradigm, self.teacher, self.gad, self.paradigm.turn(step), own, self.part)
             if term is not None:
                 out["student"] = out["student"] + term
                 out["gad"] = term.detach()
@@ -60,17 +59,28 @@ def distill(
     work: Path,
     accelerator,
     identity: dict,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Train student `run`, save its pipeline to `folder`; returns its training log and its probes.
+) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """Train student `run`, save its pipeline to `folder`; returns its training log and its probes, on the main process.
 
     `prompts`: the pool of training prompts; `teacher`: what GAD's output forms learn from; `test`: those the
     probes look at; `samples`: the teacher's, for a paradigm that is `paired`.
     """
-    which, d = p.backbones[run.backbone], p.distill
+    which, d, hardware = p.backbones[run.backbone], p.distill, p.hardware
+    parts = accelerator.num_processes * hardware.accumulate
+    for key, value in {"distill.batch": d.batch, "gad.pairs": p.gad.pairs}.items():
+        if value % parts:
+            raise ValueError(
+                f"{key}={value} cannot be shared by {accelerator.num_processes} process(es) in hardware.accumulate="
+                f"{hardware.accumulate} part(s) each: make it a multiple of {parts}"
+            )
     paradigm = PARADIGMS[run.paradigm](backbone, which.student_steps, which.cfg, p.paradigms[run.paradigm], d)
     gad, steps = p.term(run.variant), p.steps(run.paradigm, run.variant)
     cond = backbone.encode(prompts)
     task = Distillation(paradigm, cond, teacher, gad, d.batch, run.seed, samples)
+    if hardware.checkpointing:
+        for role in task.roles.values():
+            if hasattr(role.module, "enable_gradient_checkpointing"):
+                role.module.enable_gradient_checkpointing()
     probes, every = {}, max(1, steps // 8)
     probe_file = work / f"probes-{identity_key(identity)[:8]}.json"
     if probe_file.exists():
@@ -82,12 +92,16 @@ def distill(
             average.store(task.roles["student"].params)
             average.copy_to(task.roles["student"].params)
             probes[step] = look(backbone, paradigm.student, test, which.student_steps)
+            if accelerator.trackers:
+                _show(backbone, paradigm.student, prompts[:8], which.student_steps, step, probes[step], accelerator)
             average.restore(task.roles["student"].params)
             probe_file.write_text(json.dumps(probes))
 
     log = train(
-        task, work, steps, run.seed, identity, d.warmup, d.save_every, 10, accelerator, probe
+        task, work, steps, run.seed, identity, d.warmup, d.save_every, 10, accelerator, probe, hardware.accumulate
     )
+    if not accelerator.is_main_process:
+        return None
     student = task.roles["student"]
     student.average.copy_to(student.params)
     probes[steps] = look(backbone, paradigm.student, test, which.student_steps)
@@ -105,6 +119,17 @@ def look(backbone, student, test: Tangents, steps: int) -> dict[str, float]:
             "ratio": response["ratio"].log().mean().exp().item()}
 
 
+def _show(backbone, student, prompts, steps, step, probe, accelerator):
+    """The same prompts and noises at each probe, for trackers."""
+    latents = backbone.sample(student, backbone.noise(len(prompts), 0), backbone.encode(prompts), steps)
+    images = (255 * backbone.decode(latents).permute(0, 2, 3, 1)).byte().cpu().numpy()
+    accelerator.log({f"probe/{k}": v for k, v in probe.items()}, step)
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": images}, step, **layout)
+
+
 CARD = """---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -113,7 +138,7 @@ tags: [distillation, few-step, geometry-aware-distillation]
 ---
 # {run}
 
-A {steps}-step student of `{backbone}` by {paradigm}, {how}, seed {seed}.
+{what}
 
 ```python
 import torch
@@ -145,11 +170,12 @@ def save_student(run: Run, p: Params, backbone: Backbone, student, folder: Path)
     finally:
         pipeline.register_modules(**{backbone.part: teacher}, scheduler=scheduler)
     gad = p.term(run.variant)
+    published = p.published.get(str(run))
     info = {
         "backbone": run.backbone, "paradigm": run.paradigm, "variant": run.variant, "seed": run.seed,
         "steps": which.student_steps, "guidance_scale": 1.0,
         "gad": gad.model_dump() if gad else None,
-        "training": {
+        "training": {"published": published.model_dump()} if published else {
             "distill": p.distill.model_dump() | {"steps": p.steps(run.paradigm, run.variant)},
             run.paradigm: p.paradigms[run.paradigm],
         },
@@ -157,10 +183,14 @@ def save_student(run: Run, p: Params, backbone: Backbone, student, folder: Path)
     (folder / "gad.json").write_text(json.dumps(info, indent=2) + "\n")
     term = "GAD" if run.variant == "gad" else f"the control `{run.variant}`"
     how = f"with {term} ({gad.form} form, h = {gad.h}, λ = {gad.lam})" if gad else "without GAD"
+    name = run.paradigm.upper()
+    what = f"A {which.student_steps}-step student of `{run.backbone}` by {name}, {how}, seed {run.seed}."
+    if published:
+        source = published.path or f"the LoRA {published.lora}"
+        what = f"Published: the network of {source}, to be sampled in {which.student_steps} steps."
     mini = which.world == "mini"
     card = CARD.format(
-        run=run, backbone=run.backbone, paradigm=run.paradigm.upper(), how=how, seed=run.seed,
-        steps=which.student_steps, extra=backbone.call_hint,
+        run=run, what=what, steps=which.student_steps, extra=backbone.call_hint,
         prompt="a red circle and a blue square" if mini else "a photograph of an astronaut riding a horse",
         scale="It draws a miniature world of 64 × 64 scenes; it is no model of photographs." if mini else "",
     )

@@ -20,7 +20,9 @@ PROGRESS = re.compile(r": step \d+/\d+")  # the lines of gad.training that a ter
 LOCAL = "data/students/"  # outputs that are not shipped: missing is no reason to run a stage
 PENDING = paths.resume("fresh")  # stages that an interrupted fresh run still owes
 STUDENTS = ("distill", "evaluate", "use")
-ALONE = {"paradigms": {"paradigms": []}, "controls": {"variants": []}}  # no blocks beside the grid
+ALONE = {  # no blocks beside the grid
+    "baselines": {"paradigms": []}, "paradigms": {"paradigms": []}, "controls": {"variants": []},
+}
 FRESH = {
     None: (),
     "students": STUDENTS,

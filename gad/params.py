@@ -90,6 +90,7 @@ class Grid(Block):
 class Further(_Section):
     """Blocks beside the grid, each with stages of its own in dvc.yaml."""
 
+    baselines: Block
     paradigms: Block
     controls: Block
 
@@ -97,16 +98,55 @@ class Further(_Section):
 class BackboneParams(_Section):
     """One backbone. `path`: a pipeline folder or hub id; None for the miniature the pipeline trains."""
 
-    world: Literal["mini"]
+    world: Literal["mini", "coco"]
     autoencoder: Literal["kl", "dc"] = "kl"
     family: str | None = None
     path: str | None = None
     revision: str | None = None
+    variant: str | None = None  # of the weight files, as "fp16"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     teacher_steps: EvenDivisor
     student_steps: Divisor
     cfg: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     pretrain: dict[str, bool | int | float | str | list[dict[str, bool | int | float | str]]] = {}
+
+
+class Published(_Section):
+    """A few-step checkpoint of others, as a row of every table. `path`: a pipeline folder or hub id of the backbone's
+    kind; or `lora`: a LoRA on the backbone's own network, a folder, safetensors file or hub id (`file` in it)."""
+
+    backbone: str
+    paradigm: str  # the name its rows have
+    path: str | None = None
+    lora: str | None = None
+    file: str | None = None
+    revision: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self):
+        if (self.path is None) == (self.lora is None):
+            raise ValueError("needs either path or lora: give one of them")
+        return self
+
+
+class Expert(_Section):
+    """A judge of photographs: a folder or hub id, and its revision."""
+
+    path: str
+    revision: str | None = None
+
+
+class Coco(_Section):
+    """The world of photographs. `archives`: the annotations to fetch, none where no backbone is of this world.
+    `prompts`: a file of training prompts in place of COCO's own captions, and the `column` that holds them."""
+
+    archives: list[Literal["val2014"]] = []
+    test: PositiveInt = 10_000
+    unseen: PositiveInt = 200
+    layouts: PositiveInt = 800
+    prompts: str | None = None
+    column: str | None = None
+    judges: dict[Literal["openclip", "pickscore"], Expert] = {}
 
 
 class AutoencoderParams(_Section):
@@ -168,6 +208,13 @@ class Distill(_Section):
     precision: Precision
 
 
+class Hardware(_Section):
+    """How a student's training fits a machine. Results are the same but for rounding: no stage depends on it."""
+
+    accumulate: PositiveInt = 1
+    checkpointing: bool = False
+
+
 class Evaluation(_Section):
     prompts: PositiveInt
     noises: PositiveInt
@@ -223,11 +270,14 @@ class Params(_Section):
     controls: dict[str, Control]
     grid: Grid
     further: Further
+    published: dict[str, Published] = {}
     backbones: dict[str, BackboneParams]
+    coco: Coco = Coco()
     autoencoder: dict[Literal["kl", "dc"], AutoencoderParams]
     teacher: Teacher
     endpoints: Endpoints
     distill: Distill
+    hardware: Hardware = Hardware()
     paradigms: dict[str, dict[str, float]]
     evaluation: Evaluation
     judge: Judge
@@ -264,10 +314,20 @@ class Params(_Section):
             for name in names:
                 if name not in known:
                     raise ValueError(f"{key}: {name!r} is not in {where}; there are {', '.join(known)}")
+        for key, entry in self.published.items():
+            if entry.backbone not in self.grid.backbones:
+                there = ", ".join(self.grid.backbones)
+                raise ValueError(f"published.{key}.backbone={entry.backbone!r} is not in grid.backbones ({there})")
+            if key != (name := f"{entry.backbone}-{entry.paradigm}-base-0"):
+                raise ValueError(f"published.{key}: its key must be its students' name: write {name}")
         runs = self.runs()
         if twice := [run for i, run in enumerate(runs) if run in runs[:i]]:
             raise ValueError(f"further: {twice[0]} is a student twice: take it out of one of its blocks")
-        for name in self.backbones:
+        for name, which in self.backbones.items():
+            if which.world == "coco" and which.path is None:
+                raise ValueError(f"backbones.{name}.path is missing: world 'coco' needs a pipeline folder or hub id")
+            if which.world == "coco" and len(self.coco.judges) < 2:
+                raise ValueError(f"coco.judges={[*self.coco.judges]}: backbones.{name} needs openclip and pickscore")
             try:
                 self.teacher_of(name)
             except ValidationError as error:
@@ -282,7 +342,8 @@ class Params(_Section):
 
     def runs(self) -> list["Run"]:
         """Every student, the grid's first, in the pipeline's order. Results are collected by this list alone."""
-        return [run for block in self.blocks.values() for run in block.runs(self.seeds.distill)]
+        trained = [run for block in self.blocks.values() for run in block.runs(self.seeds.distill)]
+        return trained + [Run(entry.backbone, entry.paradigm, "base", 0) for entry in self.published.values()]
 
     @property
     def blocks(self) -> dict[str, Block]:
@@ -301,6 +362,11 @@ class Params(_Section):
         control = self.controls.get(variant)
         steps = self.paradigms[paradigm].get("steps", self.distill.steps)
         return round(steps * (control.longer if control else 1))
+
+    @property
+    def names(self) -> list[str]:
+        """What may stand for a paradigm in a student's name."""
+        return [*self.paradigms, *(entry.paradigm for entry in self.published.values())]
 
     @property
     def variants(self) -> list[str]:

@@ -58,6 +58,11 @@ def sample_grid(run: Run):
     return DATA / "samples" / f"{run}.png"
 
 
+def tracking():
+    """What trackers write; never an output."""
+    return DATA / "tracking"
+
+
 def resume(name: str):
     """Resumable training state; never an output, removed by `make clean`."""
     return DATA / ".resume" / name

@@ -137,7 +137,7 @@ def _check(source: Path, notebook, parameters: dict, p: Params):
     if names is None:
         raise PipelineError(f"{source} has no cell tagged 'parameters'")
     choices = {
-        "kind": p.autoencoder, "backbone": p.backbones, "paradigm": p.paradigms, "variant": p.variants,
+        "kind": p.autoencoder, "backbone": p.backbones, "paradigm": p.names, "variant": p.variants,
     }
     for name, value in parameters.items():
         if name not in names:

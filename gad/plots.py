@@ -56,6 +56,11 @@ def _runs(p: Params, backbone: str):
     return [r for r in p.grid.runs(p.seeds.distill[:1]) if r.backbone == backbone]
 
 
+def _measured(p: Params) -> list[str]:
+    """The backbones of which there is what relies on the noise: those of the miniature world."""
+    return [b for b in p.grid.backbones if p.backbones[b].world == "mini"]
+
+
 def _interval(values, key: str, n=500):
     values, summary = np.asarray(values), tables.SUMMARY[key]
     return bootstrap(lambda i: summary(values[i]), np.arange(len(values)), n)
@@ -102,9 +107,10 @@ def figure2(p: Params):
 
 def figure5(p: Params):
     """Vendi score against CLIP, a panel a backbone: arrows from a student without to the one with GAD."""
-    n = len(p.grid.backbones)
+    backbones = _measured(p)
+    n = max(1, len(backbones))
     figure, axes = plt.subplots(1, n, figsize=(3.6 * n, 3.2), squeeze=False)
-    for ax, backbone in zip(axes[0], p.grid.backbones, strict=True):
+    for ax, backbone in zip(axes[0], backbones, strict=False):
         at = {}
         for name, result in uses.models(p, backbone).items():
             x, y = (uses.interval(v, 500) for v in (result["quality"]["clip"], result["diversity"]["vendi"]))
@@ -165,11 +171,10 @@ def published(p: Params):
 
 
 def samples(p: Params):
-    """The same prompts and noises: teacher above, student below."""
-    runs = [r for b in p.grid.backbones for r in _runs(p, b)]
-    columns = len(p.grid.variants) * len(p.grid.paradigms)
-    figure, axes = plt.subplots(len(p.grid.backbones), columns, figsize=(5.4 * columns, 1.6 * len(p.grid.backbones)),
-                                squeeze=False)
+    """The same prompts and noises: teacher above, student below. A row a backbone and paradigm."""
+    runs, columns = [r for b in p.grid.backbones for r in _runs(p, b)], len(p.grid.variants)
+    rows = len(runs) // columns
+    figure, axes = plt.subplots(rows, columns, figsize=(5.4 * columns, 1.6 * rows), squeeze=False)
     for ax, run in zip(axes.flat, runs, strict=True):
         ax.imshow(np.asarray(Image.open(paths.sample_grid(run))))
         ax.set_title(f"{run.backbone}: teacher (above), {tables.label(run)} (below)", fontsize=8)
@@ -179,10 +184,12 @@ def samples(p: Params):
 
 
 def seeds(p: Params):
-    """The same seeds down the rows; teacher, students without and with GAD across, under two prompts."""
-    n, across = len(p.grid.backbones), 1 + len(p.grid.paradigms) * len(p.grid.variants)
-    figure, axes = plt.subplots(n, 2 * across, figsize=(1.9 * across, 5.9 * n), squeeze=False)
-    for row, backbone in zip(axes, p.grid.backbones, strict=True):
+    """The same seeds down the rows; teacher, students without and with GAD across, under two prompts (or one, where
+    there are several paradigms)."""
+    backbones, across = _measured(p), 1 + len(p.grid.paradigms) * len(p.grid.variants)
+    n, columns = max(1, len(backbones)), across * (2 if len(p.grid.paradigms) == 1 else 1)
+    figure, axes = plt.subplots(n, columns, figsize=(0.95 * columns, 5.9 * n), squeeze=False)
+    for row, backbone in zip(axes, backbones, strict=False):
         models = [("teacher", paths.references(backbone) / "teacher.png")]
         models += [(tables.label(r), paths.use(r).with_suffix(".png")) for r in _runs(p, backbone)]
         for k, ax in enumerate(row):
@@ -206,15 +213,15 @@ def before_after(p: Params):
             value, low, high = _interval(tables.read(paths.result(run))["endpoint"]["cos"], "cos")
             rows.append((backbone, run, value, low, high))
     variants = list(dict.fromkeys((r.paradigm, r.variant) for _, r, *_ in rows))
-    width = 0.8 / len(variants)
+    width, hatches = 0.8 / len(variants), dict(zip(p.grid.paradigms, cycle(("", "////", "....")), strict=False))
     for k, (paradigm, variant) in enumerate(variants):
         part = [r for r in rows if (r[1].paradigm, r[1].variant) == (paradigm, variant)]
         x = np.array([backbones.index(r[0]) for r in part]) + (k - (len(variants) - 1) / 2) * width
         v, a, b = np.array([r[2:] for r in part]).T
         left.bar(x, v, width, yerr=[v - a, b - v], color=COLOURS[variant], capsize=2, error_kw={"lw": 0.8},
-                 label=tables.label(part[0][1]))
+                 hatch=hatches[paradigm], edgecolor="white", lw=0.3, label=tables.label(part[0][1]))
     left.set(xticks=range(len(backbones)), xticklabels=backbones, ylabel="JVP cosine with the teacher", ylim=(0, 1))
-    left.legend(frameon=False, fontsize=7)
+    left.legend(frameon=False, fontsize=6 if len(variants) > 2 else 7, ncols=len(variants) // 2)
     shown = backbones[-1]
     grids = {r.variant: np.asarray(Image.open(paths.sample_grid(r))) for r in _runs(p, shown)
              if r.paradigm == p.grid.paradigms[0]}
@@ -242,22 +249,23 @@ def students(p: Params):
     for row, (backbone, own) in zip(axes, runs.items(), strict=True):
         for y, run in enumerate(own):
             result = tables.read(paths.result(run))
-            for ax, values in zip(row, (result["endpoint"]["cos"], result["quality"]["scene"]), strict=True):
+            for ax, values in zip(row, (result["endpoint"]["cos"], tables.fit(result)), strict=True):
                 value, low, high = _interval(values, "cos")  # both are means
                 ax.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", ms=4, capsize=2, lw=1,
                             color=COLOURS.get(run.variant, "#949494"))
         floors = tables.read(paths.diagnosis(backbone) / "floors.json")
         for name, style in (("untrained student", ":"), ("teacher, CFG + 1", "--")):
             row[0].axvline(np.mean(floors[name]["cos"]), color=COLOURS["teacher"], ls=style, lw=1, label=name)
-        scene = tables.read(paths.teacher_metrics(backbone))["scene"]
-        row[1].axvline(scene, color=COLOURS["teacher"], ls="-", lw=1, label="teacher")
+        teacher = np.mean(tables.fit(tables.read(paths.teacher_metrics(backbone))))
+        row[1].axvline(teacher, color=COLOURS["teacher"], ls="-", lw=1, label="teacher")
         row[0].set_yticks(range(len(own)), [tables.label(r) for r in own])
         row[0].set_ylim(len(own) - 0.5, -0.5)
         row[0].set_ylabel(backbone)
         row[0].set_xlim(0, 1)
-        row[1].set_xlim(0, 1)
+        if "scene" in result["quality"]:
+            row[1].set_xlim(0, 1)
     axes[-1, 0].set_xlabel("JVP cosine with the teacher, z → x0")
-    axes[-1, 1].set_xlabel("scene accuracy")
+    axes[-1, 1].set_xlabel("scene accuracy" if "scene" in result["quality"] else "PickScore")
     for ax in axes[0]:
         ax.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     figure.tight_layout()

@@ -2,6 +2,9 @@
 
 Randomness at a step follows from `(seed, step)` alone, so a checkpoint is weights, moments and a step number.
 It is one safetensors file, replaced atomically: a run killed at any moment resumes with the same bits.
+
+Under `accelerate launch` the processes share each step's batch. Gradients are averaged over them by hand, not by DDP's
+hooks: losses of several roles run through each other's networks, often several times, which these do not allow for.
 """
 
 import csv
@@ -102,7 +105,8 @@ def _orthogonal(grad, coefficients, steps, eps):
 
 class Task(Protocol):
     """What `train` trains. `losses` returns one scalar for each role to update at this step, by the role's
-    name, and any further scalars to log."""
+    name, and any further scalars to log. A task whose batch can be shared has `part`: (i, n), of which of n equal
+    parts `losses` is the mean; one that has none gives every process the whole."""
 
     roles: dict[str, Role]
 
@@ -142,12 +146,14 @@ def train(
     log_every: int = 25,
     accelerator: Accelerator | None = None,
     on_step: Callable[[int], None] | None = None,
+    accumulate: int = 1,
 ) -> Path:
     """Train `task` for `steps` steps; returns the path of `folder/log.csv`.
 
     `identity` is whatever fixes the result (parameters, seed): a checkpoint in `folder` with another identity
     gives way and training starts over. `on_step(step)` is called before each step, with the number of steps
-    already done.
+    already done, on the main process. `accumulate`: parts in which each process takes its share of a batch, one after
+    another; more need less memory and give the same gradients. The accelerator's trackers see what is logged.
     Raises `DivergedError` at the first non-finite loss; the last checkpoint stays.
     """
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
@@ -167,17 +173,17 @@ def train(
     bar = tqdm(total=steps, initial=start, disable=None, desc=folder.name, mininterval=5)
     began, last = time.monotonic(), time.monotonic()
     for step in range(start, steps):
-        if on_step:
+        if on_step and accelerator.is_main_process:
             on_step(step)
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:7], "big"))
-        generator = step_generator(seed, step, accelerator.device)
         try:
-            row = update(task, step, generator, learning_rate(step, steps, warmup), accelerator)
+            row = update(task, step, seed, learning_rate(step, steps, warmup), accelerator, accumulate)
         except DivergedError as error:
             kept = os.path.relpath(folder)
             raise DivergedError(f"{error}: lower its lr or gad.lam; the last checkpoint is kept in {kept}") from None
         if step % log_every == 0 or step == steps - 1:
             rows.append(row)
+            accelerator.log({k: v for k, v in row.items() if k != "step"}, step)
         bar.update()
         if step == start:  # the first step also makes data and compiles
             began = time.monotonic()
@@ -189,6 +195,9 @@ def train(
         if accelerator.is_main_process and ((step + 1) % save_every == 0 or step == steps - 1):
             _save(state, task, key, step + 1, rows)
     bar.close()
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return log
     columns = list(dict.fromkeys(k for row in rows for k in row))
     with log.open("w", newline="") as f:
         writer = csv.DictWriter(f, columns, lineterminator="\n")
@@ -197,18 +206,29 @@ def train(
     return log
 
 
-def update(task: Task, step: int, generator, factor: float, accelerator: Accelerator) -> dict[str, float]:
+def update(
+    task: Task, step: int, seed: int, factor: float, accelerator: Accelerator, accumulate: int = 1
+) -> dict[str, float]:
     """One step of all roles at their learning rates times `factor`; its losses and the gradients' norms."""
-    with accelerator.autocast():
-        losses = task.losses(step, generator)
+    shared = hasattr(task, "part")
+    mine = accumulate if shared else 1
+    logged: dict[str, torch.Tensor] = {}
+    for k in range(mine):
+        if shared:
+            task.part = accelerator.process_index * mine + k, accelerator.num_processes * mine
+        with accelerator.autocast():
+            losses = task.losses(step, step_generator(seed, step, accelerator.device))
+        for name, role in task.roles.items():
+            if name in losses:
+                if not torch.isfinite(losses[name]):
+                    raise DivergedError(f"the {name} loss is {losses[name].item()} at step {step}")
+                accelerator.backward(losses[name] / mine, inputs=role.params)
+        logged = {k: logged.get(k, 0) + v.detach() / mine for k, v in losses.items()}
     row = {"step": step}
     for name, role in task.roles.items():
-        if name not in losses:
-            continue
-        if not torch.isfinite(losses[name]):
-            raise DivergedError(f"the {name} loss is {losses[name].item()} at step {step}")
-        accelerator.backward(losses[name], inputs=role.params)
-        row[f"{name}_norm"] = accelerator.clip_grad_norm_(role.params, role.clip).item()
+        if name in losses:
+            _average(role.params, accelerator)
+            row[f"{name}_norm"] = accelerator.clip_grad_norm_(role.params, role.clip).item()
     for name, role in task.roles.items():
         if name in losses:
             for optimiser in role.optimisers:
@@ -218,7 +238,23 @@ def update(task: Task, step: int, generator, factor: float, accelerator: Acceler
                 optimiser.zero_grad(set_to_none=True)
             if role.average:
                 role.average.step(role.params)
-    return row | {k: v.item() for k, v in losses.items()}
+    if accelerator.num_processes > 1:
+        logged = dict(zip(logged, accelerator.reduce(torch.stack([*logged.values()]).float(), "mean"), strict=True))
+    return row | {k: v.item() for k, v in logged.items()}
+
+
+def _average(params, accelerator):
+    """Gradients, averaged over processes."""
+    if accelerator.num_processes > 1:
+        try:
+            for p in params:
+                if p.grad is not None:
+                    p.grad = accelerator.reduce(p.grad, "mean")
+        except RuntimeError as error:
+            line = str(error).strip().splitlines()[0]
+            raise RuntimeError(
+                f"another process of this job has stopped ({line}): see its message; the same command resumes"
+            ) from None
 
 
 def _save(path, task, key, step, rows):

@@ -9,10 +9,14 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
+import psutil
 import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gad.graph import sandbox
 from gad.params import ROOT
@@ -88,6 +92,88 @@ def test_killed_student_resumes_with_the_same_bits(place):
     process = gad(place, *DISTILL)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 1 and "is not a readable checkpoint" in error and "Traceback" not in error
+
+
+SHARED = ("--set", "distill.steps=3", "--set", "distill.batch=4", "--set", "gad.pairs=4", "--set",
+          "distill.save_every=1", "distill", "sana", "tdm", "gad")
+
+
+def launch(folder, *arguments):
+    """Two processes of one machine. On GPUs `accelerate launch` starts them; on CPUs it would want MPI."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+               "29511", "-m", "gad", *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "TQDM_DISABLE": "1",
+           "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def take(place):
+    """The student's weights and log, moved out of the way."""
+    weights = load_file(next((place / "data/students" / RUN / "transformer").glob("*.safetensors")))
+    log = pd.read_csv(place / "data/logs" / f"{RUN}.csv")
+    for part in ("students", "logs", "probes"):
+        shutil.rmtree(place / "data" / part)
+    return weights, log
+
+
+def gap(a, b):
+    """Largest difference of two sets of weights. Softmax is blind to the biases of keys: their gradients are rounding,
+    which Adam makes into whole steps."""
+    return max((a[k] - b[k].float()).abs().max().item() for k in a if not k.endswith("to_k.bias"))
+
+
+@pytest.mark.slow
+def test_shared_batches_give_the_same_student(place):
+    """One process; one in two parts, activations made anew; two processes; and these with one killed on the way."""
+    done(place, *SHARED)
+    alone, log = take(place)
+    teacher = load_file(next((place / "data/teachers/sana/transformer").glob("*.safetensors")))
+    assert gap(alone, teacher) > 5e-5  # it did train
+    done(place, "--set", "hardware.accumulate=2", "--set", "hardware.checkpointing=true", *SHARED)
+    parts, _ = take(place)
+    assert gap(alone, parts) < 1e-5
+
+    process = launch(place, *SHARED)
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert json.loads(out[out.index("{"):])["step"] == 3  # told once
+    two, shared = take(place)
+    assert gap(alone, two) < 1e-5
+    pd.testing.assert_frame_equal(log, shared, rtol=1e-3)
+
+    process = launch(place, *SHARED)
+    state = place / "data/.resume" / RUN / "state.safetensors"
+    while not state.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    workers = [c for c in psutil.Process(process.pid).children(recursive=True) if "gad" in c.cmdline()]
+    next(w for w in workers if w.environ()["RANK"] == "1").kill()
+    _, error = process.communicate(timeout=300)
+    assert process.returncode != 0 and "another process of this job has stopped" in error and state.exists()
+    process = launch(place, *SHARED)
+    assert process.communicate(timeout=300) and process.returncode == 0
+    resumed, _ = take(place)
+    assert gap(two, resumed) == 0
+
+
+@pytest.mark.slow
+def test_batches_that_cannot_be_shared_stop_before_work(place):
+    process = gad(place, "--set", "hardware.accumulate=3", *SHARED)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 1 and "distill.batch=4 cannot be shared" in error and "multiple of 3" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_a_tracker_sees_losses_probes_and_samples(place):
+    done(place, *SHARED, "--track", "tensorboard")
+    take(place)
+    seen = EventAccumulator(str(place / "data/tracking/gad"), size_guidance={"images": 0}).Reload().Tags()
+    assert {"student", "fake", "gad", "student_norm", "probe/cos"} <= {*seen["scalars"]}
+    assert any("samples" in tag for tag in seen["images"])
+    process = gad(place, *SHARED, "--track", "wandb")
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 1 and "track='wandb' is not installed: pip install wandb" in error
 
 
 @pytest.mark.slow

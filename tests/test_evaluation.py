@@ -10,6 +10,7 @@ import torch
 from gad import claims
 from gad.evaluation import trajectory
 from gad.evaluation.geometry import bootstrap, compare, local_rows, row, spectral_kl, spectrum, tangents
+from gad.params import Run
 from gad.tables import geometry, trajectories
 from gad.tangents import Tangents
 
@@ -179,8 +180,8 @@ def test_claims_are_judged_by_the_grids_own_rows():
     table4 = pd.DataFrame([
         ("sana", "TDM + GAD", 1, "change", 0.1, 0.05, 0.15), ("sana", "TDM + GAD", 2, "change", -0.1, -0.2, -0.05),
     ], columns=["backbone", "model", "step", "metric", "value", "low", "high"])
-    grid = SimpleNamespace(backbones=["sana"], paradigms=["tdm"])
-    p = SimpleNamespace(grid=grid, report=SimpleNamespace(loss=0.05, clip=0.02))
+    runs = [Run("sana", "tdm", v, 0) for v in ("base", "gad", "rkd", "unrelated")]
+    p = SimpleNamespace(runs=lambda: runs, report=SimpleNamespace(loss=0.05, clip=0.02))
     others = {claim.table: table4 for claim in claims.CLAIMS}
     found = claims.judge(p, others | {"table1": table1, "table4": table4})
     assert found["verdict"].tolist() == ["reproduced", "undecided", "not reproduced", "reproduced"]

@@ -1,13 +1,19 @@
 """gad.backbones.load: good folders load; every bad one is one line that names the path and the fix."""
 
+import copy as copies
 import json
 import shutil
 
 import pytest
 import torch
+from conftest import build, perturb
+from diffusers import DDIMScheduler
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 
-from gad import params
-from gad.backbones import load
+from gad import params, paths, stages
+from gad.backbones import load, with_lora
+from gad.params import Run
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +86,69 @@ def test_another_class(copy):
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
     refused(copy, "is a FluxPipeline: there are backbones for")
+
+
+# Checkpoints of others
+
+
+@pytest.mark.parametrize("name", ["sd2", "sana"])
+def test_lora_is_in_the_copys_weights_and_not_in_the_backbones(mini, name, tmp_path, prompts, z):
+    """Saved by the pipeline's own writer from an adapter; the copy gives what the adapter does."""
+    backbone = mini(name)
+    kept = {k: v.clone() for k, v in backbone.network.state_dict().items()}
+    adapted = copies.deepcopy(backbone.network)
+    adapted.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"]))
+    perturb(torch.nn.ParameterList([p for n, p in adapted.named_parameters() if "lora" in n]), 0.1)
+    type(backbone.pipeline).save_lora_weights(
+        tmp_path, **{f"{backbone.part}_lora_layers": get_peft_model_state_dict(adapted)},
+    )
+    network = with_lora(backbone, str(tmp_path))
+    cond, t = backbone.encode(prompts), torch.full((2,), 0.5)
+    with torch.no_grad():
+        ours, theirs, plain = (backbone.x0(m, z, t, cond) for m in (network, adapted, backbone.network))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (ours - plain).abs().max() > 1e-2
+    assert all(torch.equal(v, kept[k]) for k, v in backbone.network.state_dict().items())
+    assert network.state_dict().keys() == kept.keys()  # a plain network: no adapter is left
+
+
+def test_what_is_no_lora_is_named(mini, tmp_path):
+    (tmp_path / "pytorch_lora_weights.bin").write_bytes(b"a pickle")
+    for name, said in (("sd2", "cannot be loaded as a LoRA of sd2"), ("pixart", "takes no LoRA")):
+        with pytest.raises(ValueError, match=said) as error:
+            with_lora(mini(name), str(tmp_path))
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert isinstance(mini("sd2").network, type(mini("sd2").pipeline.unet))
+
+
+def published(tmp_path, monkeypatch, mini, **entry):
+    """Parameters with one published row of sd2, whose teacher is the miniature; its students go to tmp_path."""
+    monkeypatch.setattr(paths, "DATA", tmp_path / "data")
+    mini("sd2").pipeline.save_pretrained(paths.teacher("sd2"))
+    data = params.load().model_dump()
+    data["published"] = {"sd2-own-base-0": {"backbone": "sd2", "paradigm": "own", **entry}}
+    return params.validate(data)
+
+
+def test_a_published_pipeline_becomes_a_student(mini, tmp_path, monkeypatch):
+    theirs = build("sd2")
+    perturb(theirs.network, seed=5)
+    theirs.pipeline.save_pretrained(tmp_path / "theirs")
+    p = published(tmp_path, monkeypatch, mini, path=str(tmp_path / "theirs"))
+    run = Run("sd2", "own", "base", 0)
+    assert run in p.runs()
+    stages.publish(run, p)
+    student = load(paths.student(run))
+    assert all(torch.equal(a, b) for a, b in zip(
+        student.network.parameters(), theirs.network.parameters(), strict=True))
+    info = json.loads((paths.student(run) / "gad.json").read_text())
+    assert info["gad"] is None and info["training"]["published"]["path"] == str(tmp_path / "theirs")
+    assert "Published" in (paths.student(run) / "README.md").read_text()
+
+
+def test_a_published_pipeline_of_another_prediction_is_refused(mini, tmp_path, monkeypatch):
+    scheduler = DDIMScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear", beta_end=0.012)
+    build("sd2", scheduler=scheduler).pipeline.save_pretrained(tmp_path / "theirs")
+    p = published(tmp_path, monkeypatch, mini, path=str(tmp_path / "theirs"))
+    with pytest.raises(ValueError, match=r"published\.sd2-own-base-0: prediction of .*theirs is v, not epsilon"):
+        stages.publish(Run("sd2", "own", "base", 0), p)

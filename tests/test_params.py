@@ -27,7 +27,7 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("grid.variants", ["both"], "grid.variants.0='both'"),
         ("further.controls.variants", ["gad"], "further.controls.variants: 'gad' is not in the controls section"),
         ("further.paradigms.paradigms", ["lcm"], "further.paradigms.paradigms: 'lcm' is not in the paradigms section"),
-        ("further.paradigms.paradigms", ["tdm"], "further: sd2-tdm-base-0 is a student twice"),
+        ("further.paradigms.paradigms", ["tdm"], "further: pixart-tdm-base-0 is a student twice"),
         ("controls.map.longer", 0, "controls.map.longer=0: input should be greater than 0"),
         ("backbones.sana.teacher_steps", 30, "backbones.sana.teacher_steps=30 must divide 1000"),
         ("backbones.sana.teacher_steps", 25, "backbones.sana.teacher_steps=25 must be even"),
@@ -40,6 +40,14 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("backbones.sana.pretrain", {"refine": [{"lr": -1.0}]}, "backbones.sana.pretrain.refine.0.lr=-1.0: input"),
         ("seeds.distill", [], "seeds.distill=[]"),
         ("distill.precision", "int8", "distill.precision='int8'"),
+        ("hardware.accumulate", 0, "hardware.accumulate=0: input should be greater than 0"),
+        ("published", {"x": {"backbone": "sd2", "paradigm": "turbo"}}, "needs either path or lora: give one of them"),
+        ("published", {"x": {"backbone": "sdxl", "paradigm": "turbo", "path": "a"}},
+         "published.x.backbone='sdxl' is not in grid.backbones (sd2, pixart, sana)"),
+        ("published", {"x": {"backbone": "sd2", "paradigm": "turbo", "path": "a"}},
+         "published.x: its key must be its students' name: write sd2-turbo-base-0"),
+        ("published", {"sd2-tdm-base-0": {"backbone": "sd2", "paradigm": "tdm", "lora": "a"}},
+         "sd2-tdm-base-0 is a student twice"),
     ],
 )
 def test_wrong_value(key, value, said, tmp_path):

@@ -243,3 +243,12 @@ class TestGraph:
         assert copy.changed() == {*students, *REPORTS}
         assert copy.reproduce() == {*students, *REPORTS}
         assert "TDM + RKD − base" in (copy.folder / "reports/tables/table1.md").read_text()
+
+    def test_published_checkpoint_is_a_row_and_needs_no_training(self, copy):
+        run = "sd2-itself-base-0"  # any pipeline of the backbone's kind will do
+        copy.edit({"published": {run: {"backbone": "sd2", "paradigm": "itself", "path": "data/teachers/sd2"}}})
+        mine = {f"publish@{run}", f"evaluate-published@{run}", f"use-published@{run}"}
+        assert copy.changed() == {*mine, *REPORTS}
+        assert copy.reproduce() == {*mine, *REPORTS}
+        for name in ("table1", "table2"):
+            assert "ITSELF" in (copy.folder / f"reports/tables/{name}.md").read_text()

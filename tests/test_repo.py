@@ -14,7 +14,7 @@ from gad.pipeline import defaults
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ALL_NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
-DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+DVC = {k: s.get("do", s) for k, s in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items()}
 
 
 def name_of(requirement):

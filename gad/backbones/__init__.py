@@ -1,5 +1,6 @@
 """Backbones by name. To add one: a file beside these, an entry here and one in params.yaml."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -13,23 +14,23 @@ from .base import Backbone, Condition
 BACKBONES = {"sd2": sd2.SD2, "pixart": pixart.PixArt, "sana": sana.Sana}
 MINIATURES = {"sd2": sd2.miniature, "pixart": pixart.miniature, "sana": sana.miniature}
 
-__all__ = ["BACKBONES", "MINIATURES", "Backbone", "Condition", "load"]
+__all__ = ["BACKBONES", "MINIATURES", "Backbone", "Condition", "load", "with_lora"]
 
 
-def load(name_or_path: str | Path, params=None) -> Backbone:
-    """A backbone from a name in `params.backbones`, a Diffusers pipeline folder, or a hub id.
+def load(name_or_path: str | Path, params=None, revision: str | None = None) -> Backbone:
+    """A backbone from a name in `params.backbones`, a Diffusers pipeline folder, or a hub id (at a `revision`).
 
     Only safetensors are read and no remote code is run. A folder that is missing, incomplete, damaged or of
     another class raises ValueError with one line that says what to do.
     """
     entry = params.backbones.get(str(name_or_path)) if params else None
-    family, options = None, {}
+    family, options = None, {"revision": revision} if revision else {}
     if entry:
         from .. import paths
 
         path = entry.path or paths.teacher(str(name_or_path))
         family = entry.family or str(name_or_path)
-        options = {"revision": entry.revision, "dtype": getattr(torch, entry.dtype)}
+        options = {"revision": entry.revision, "variant": entry.variant, "dtype": getattr(torch, entry.dtype)}
     else:
         path = name_or_path
     folder = Path(path)
@@ -53,8 +54,27 @@ def load(name_or_path: str | Path, params=None) -> Backbone:
         )
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} cannot be loaded as a {cls.pipeline_class.__name__}: {line}") from None
+        fix = "" if folder.is_dir() else "; give a folder, or for a gated model accept its terms and `hf auth login`"
+        raise ValueError(f"{path} cannot be loaded as a {cls.pipeline_class.__name__}: {line}{fix}") from None
     return cls(pipeline, str(name_or_path) if entry else family)
+
+
+def with_lora(backbone: Backbone, source: str, file: str | None = None, revision: str | None = None):
+    """A copy of the backbone's network with the LoRA of `source`, a folder, file or hub id, in its weights."""
+    pipeline, network = backbone.pipeline, backbone.network
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise ValueError(f"{source}: a {type(pipeline).__name__} takes no LoRA; merge it elsewhere and give a path")
+    try:
+        pipeline.register_modules(**{backbone.part: copy.deepcopy(network)})
+        pipeline.load_lora_weights(source, weight_name=file, revision=revision, use_safetensors=True)
+        pipeline.fuse_lora(components=[backbone.part])
+        pipeline.unload_lora_weights()
+        return backbone.network
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{source} cannot be loaded as a LoRA of {backbone.name}: {line}") from None
+    finally:
+        pipeline.register_modules(**{backbone.part: network})
 
 
 def _check(folder: Path) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import geometry
 from ..backbones import Backbone, Condition
 from ..training import Role
 
@@ -15,20 +16,62 @@ TAU = (0.02, 0.98)  # levels at which scores are compared: DMD's, SwiftBrush's a
 
 
 @dataclass(frozen=True)
+class Draws:
+    """Random numbers of one part of a step's batch: drawn for all `parts` alike, of which part number `part` sees its
+    own rows. However many processes share a batch, it is the same batch."""
+
+    generator: torch.Generator
+    part: int = 0
+    parts: int = 1
+
+    device = property(lambda self: self.generator.device)
+
+    def uniform(self, n: int) -> Tensor:
+        """(n,) in [0, 1), fp64."""
+        return self._own(torch.rand(n * self.parts, generator=self.generator, device=self.device, dtype=torch.float64))
+
+    def normal(self, n: int, *shape: int, dtype=None) -> Tensor:
+        """(n, *shape)."""
+        n *= self.parts
+        return self._own(torch.randn(n, *shape, generator=self.generator, device=self.device, dtype=dtype))
+
+    def integers(self, top: int, n: int) -> Tensor:
+        """(n,) below `top`."""
+        return self._own(torch.randint(top, (n * self.parts,), generator=self.generator, device=self.device))
+
+    def direction(self, x: Tensor, kind: str = "gaussian") -> Tensor:
+        """`geometry.direction`."""
+        whole = x.detach().repeat(self.parts, *[1] * (x.ndim - 1))
+        return self._own(geometry.direction(whole, kind, self.generator))
+
+    def chance(self, p: float) -> bool:
+        """One outcome for all parts."""
+        return bool(torch.rand(1, generator=self.generator, device=self.device, dtype=torch.float64) < p)
+
+    def _own(self, x):
+        return x.chunk(self.parts)[self.part]
+
+
+@dataclass(frozen=True)
 class Batch:
     """`z` (B, C, H, W): initial noises. `cond`: their prompts. `generator`: all further randomness. `x0`: where the
-    teacher's sampler takes each `z`, for a paradigm that is `paired`."""
+    teacher's sampler takes each `z`, for a paradigm that is `paired`. `part` = (i, n): this is part i of n."""
 
     z: Tensor
     cond: Condition
     generator: torch.Generator
     x0: Tensor | None = None
+    part: tuple[int, int] = (0, 1)
+
+    @property
+    def draws(self) -> Draws:
+        return Draws(self.generator, *self.part)
 
     def uniform(self, n: int) -> Tensor:
-        return torch.rand(n, generator=self.generator, device=self.z.device, dtype=torch.float64)
+        return self.draws.uniform(n)
 
     def noise(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.generator, device=like.device)
+        return self.draws.normal(*like.shape)
 
     def level(self, low: float = 0.0, high: float = 1.0) -> Tensor:
         """A time for each sample, uniform."""

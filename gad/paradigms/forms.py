@@ -7,11 +7,14 @@ from torch.nn import functional as F
 from .. import geometry
 from ..diffusion import t_like
 from ..tangents import Tangents
-from .base import Paradigm, pseudo_huber
+from .base import Draws, Paradigm, pseudo_huber
 
 
-def gad_loss(paradigm: Paradigm, tangents: Tangents, gad, turn: int, generator) -> Tensor | None:
+def gad_loss(
+    paradigm: Paradigm, tangents: Tangents, gad, turn: int, generator, part: tuple[int, int] = (0, 1)
+) -> Tensor | None:
     """The GAD term at the student's update number `turn`, weighted by λ, as a scalar; None where it does not apply.
+    `part` = (i, n): of part i of n of its draws.
 
     `map`: the student's endpoint map `z → x0` against the teacher's, the output form (paper, L_GAD).
     `step`: the same one step at a time, at the latents of the teacher's path and along its own responses there: the
@@ -33,13 +36,13 @@ def gad_loss(paradigm: Paradigm, tangents: Tangents, gad, turn: int, generator) 
         return None
     if gad.form in ("score", "paired-score", "released") and paradigm.point is None:
         raise ValueError(f"gad.form={gad.form!r} needs a paradigm with a fake score: use 'map' or 'step'")
-    form = FORMS[gad.form]
-    loss = sum(form(paradigm, tangents, gad, generator) for _ in range(gad.directions)) / gad.directions
+    form, draws = FORMS[gad.form], Draws(generator, *part)
+    loss = sum(form(paradigm, tangents, gad, draws) for _ in range(gad.directions)) / gad.directions
     return gad.lam * gad.every * loss.mean()
 
 
-def _map(paradigm, tangents, gad, generator):
-    at = tangents[torch.randint(len(tangents), (gad.pairs,), generator=generator, device=generator.device)]
+def _map(paradigm, tangents, gad, draws):
+    at = tangents[draws.integers(len(tangents), gad.pairs // draws.parts)]
 
     def endpoint(z):
         return paradigm.backbone.sample(paradigm.student, z, at.cond, paradigm.steps)
@@ -47,16 +50,15 @@ def _map(paradigm, tangents, gad, generator):
     return _output_loss(endpoint, at.z, at.v, at.x0, at.jv, gad)
 
 
-def _step(paradigm, tangents, gad, generator):
-    student, x, u, x0, ju, _ = _along_the_path(paradigm, tangents, gad, generator)
+def _step(paradigm, tangents, gad, draws):
+    student, x, u, x0, ju, _ = _along_the_path(paradigm, tangents, gad, draws)
     return _output_loss(student, x, u, x0, ju, gad)
 
 
-def _along_the_path(paradigm, tangents, gad, generator):
+def _along_the_path(paradigm, tangents, gad, draws):
     """(student's x̂0 as a map, x, u, x0, ju, t) at random times of the student along random paths of the teacher."""
     backbone = paradigm.backbone
-    n, k = (torch.randint(top, (gad.pairs,), generator=generator, device=generator.device)
-            for top in (len(tangents), paradigm.steps))
+    n, k = (draws.integers(top, gad.pairs // draws.parts) for top in (len(tangents), paradigm.steps))
     t, s = (paradigm.times.to(k.device)[j] for j in (k, k + 1))
     # x̂0 that takes the teacher's path, and its response, to the next of the student's times in one move.
     (x, x0), (u, ju) = ((a[n, k], backbone.levels.ends(a[n, k], t, a[n, k + 1], s)[0])
@@ -66,22 +68,22 @@ def _along_the_path(paradigm, tangents, gad, generator):
     return lambda y: backbone.x0(paradigm.student, y, t, tangents.cond[n]), x, u, x0, ju, t
 
 
-def _unrelated(paradigm, tangents, gad, generator):
-    student, x, u, x0, ju, _ = _along_the_path(paradigm, tangents, gad, generator)
+def _unrelated(paradigm, tangents, gad, draws):
+    student, x, u, x0, ju, _ = _along_the_path(paradigm, tangents, gad, draws)
     other = ju.roll(1, 0)
     own, its = (a.flatten(1).norm(dim=1) for a in (ju, other))
     return _output_loss(student, x, u, x0, other * t_like(own / its, other), gad)
 
 
-def _augmentation(paradigm, tangents, gad, generator):
-    student, x, u, x0, _, _ = _along_the_path(paradigm, tangents, gad, generator)
+def _augmentation(paradigm, tangents, gad, draws):
+    student, x, u, x0, _, _ = _along_the_path(paradigm, tangents, gad, draws)
     error = (student(x + gad.h * u) - x0).flatten(1).square().mean(1)
     return error / x0.flatten(1).square().mean(1) if gad.normalise else error
 
 
-def _rkd(paradigm, tangents, gad, generator):
+def _rkd(paradigm, tangents, gad, draws):
     """Distances in units of their mean, and angles of triples, by smooth L1, weighed 1 to 2 as by the authors."""
-    student, x, _, x0, _, _ = _along_the_path(paradigm, tangents, gad, generator)
+    student, x, _, x0, _, _ = _along_the_path(paradigm, tangents, gad, draws)
     (d, a), (d0, a0) = (_relations(y) for y in (student(x), x0))
     return F.smooth_l1_loss(d, d0) + 2 * F.smooth_l1_loss(a, a0)
 
@@ -94,8 +96,8 @@ def _relations(y):
     return distance[off] / distance[off].mean(), unit @ unit.mT
 
 
-def _similarity(paradigm, tangents, gad, generator):
-    student, x, _, x0, _, _ = _along_the_path(paradigm, tangents, gad, generator)
+def _similarity(paradigm, tangents, gad, draws):
+    student, x, _, x0, _, _ = _along_the_path(paradigm, tangents, gad, draws)
     own, its = (F.normalize(y.flatten(1) @ y.flatten(1).T, dim=1) for y in (student(x), x0))
     return (own - its).square().mean()
 
@@ -121,17 +123,17 @@ def _score_maps(paradigm, point):
     )
 
 
-def _score(paradigm, tangents, gad, generator):
+def _score(paradigm, tangents, gad, draws):
     point = paradigm.point
     x_tau = point.x_tau.detach()
-    v = geometry.direction(x_tau, generator=generator)
+    v = draws.direction(x_tau)
     gradient = geometry.score_gradient(*_score_maps(paradigm, point), x_tau, v, gad.h, gad.scheme)
     return geometry.surrogate(point.x_tau, gradient) / gradient[0].numel()
 
 
-def _paired_score(paradigm, tangents, gad, generator):
+def _paired_score(paradigm, tangents, gad, draws):
     point = paradigm.point
-    v = geometry.direction(point.x, generator=generator)
+    v = draws.direction(point.x)
     gradient = geometry.score_gradient(
         *_score_maps(paradigm, point), point.x_tau.detach(), v, gad.h, gad.scheme
     )
@@ -139,12 +141,12 @@ def _paired_score(paradigm, tangents, gad, generator):
     return geometry.surrogate(own, gradient) / gradient[0].numel()
 
 
-def _released(paradigm, tangents, gad, generator):
+def _released(paradigm, tangents, gad, draws):
     """The published script (TDM on PixArt-α): its student difference spans two inputs and two times, so it is
     no derivative; `h` is the L2 norm of the whole perturbation, and the update a sign by a Huber of 1e-3."""
     point, backbone = paradigm.point, paradigm.backbone
     x = point.x_tau
-    v = geometry.direction(x, "sphere", generator)
+    v = draws.direction(x, "sphere")
     fake, guided = _score_maps(paradigm, point)
     with torch.no_grad():
         at = x.detach()

@@ -44,5 +44,5 @@ class SiD(Paradigm):
     def _level(self, batch):
         if not self.backbone.levels.flow:
             return batch.level(*TAU)
-        normal = torch.randn(len(batch.z), generator=batch.generator, device=batch.z.device, dtype=torch.float64)
+        normal = batch.draws.normal(len(batch.z), dtype=torch.float64)
         return torch.sigmoid(math.log(2) + 1.6 * normal).clamp(*TAU)

@@ -35,7 +35,7 @@ class SwiftBrush(Paradigm):
             _, sigma = backbone.levels.alpha_sigma(point.tau)
             gradient = t_like(sigma, real).square() * (real - guess)
         tau = batch.level()
-        unsaid = (batch.uniform(1) < 0.1).expand(len(batch.z))
+        unsaid = torch.full((len(batch.z),), batch.draws.chance(0.1), device=batch.z.device)
         error = self.denoising(fake, point.x_hat.detach(), tau, batch, dropped(backbone, batch.cond, unsaid))
         weight = backbone.levels.alpha_sigma(tau)[0].square()
         return {

@@ -2,10 +2,10 @@
 
 from .cost import cost
 from .diagnosis import diagnose
-from .distillation import distill, trial
+from .distillation import distill, publish, trial
 from .evaluation import evaluate
 from .uses import judge, references, use
 from .world import autoencoder, teacher
 
-__all__ = ["autoencoder", "cost", "diagnose", "distill", "evaluate", "judge", "references", "teacher",
-           "trial", "use"]
+__all__ = ["autoencoder", "cost", "diagnose", "distill", "evaluate", "judge", "publish", "references",
+           "teacher", "trial", "use"]

@@ -1,5 +1,6 @@
 """What every stage does first and last."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -8,13 +9,15 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 
+from .. import paths
 from ..params import Params
 
 
-def prepare(p: Params, precision: str = "no") -> Accelerator:
+def prepare(p: Params, precision: str = "no", track: str | None = None) -> Accelerator:
     """Threads, determinism and the accelerator of a stage. A CPU without bf16 arithmetic takes fp32 in its place:
-    emulated it is many times slower."""
+    emulated it is many times slower. `track`: "tensorboard", "wandb" or "dvclive" see its training."""
     torch.set_num_threads(p.threads)
     if precision == "bf16" and not torch.cuda.is_available():
         able = torch.cpu.get_capabilities()
@@ -22,7 +25,17 @@ def prepare(p: Params, precision: str = "no") -> Accelerator:
             print("this CPU has no bf16 arithmetic: going on in fp32", file=sys.stderr, flush=True)
             precision = "no"
     AcceleratorState._reset_state()  # several stages may share one notebook or session
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
+    if track and importlib.util.find_spec(track) is None:
+        raise ValueError(f"track={track!r} is not installed: pip install {track}")
+    made = Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision=precision, log_with=track, project_dir=paths.tracking()
+    )
+    if made.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"distributed_type={made.distributed_type.value}: roles are trained whole on each GPU; use MULTI_GPU, and "
+            "hardware.checkpointing and hardware.accumulate where memory is short"
+        )
+    return made
 
 
 def write_json(path: Path, data) -> Path:

@@ -16,8 +16,8 @@ from ..paradigms import PARADIGMS
 from ..params import Params
 from ..tables import cell
 from ..tangents import Samples, Tangents
-from ..training import step_generator, update
-from ..world import scenes
+from ..training import update
+from ..worlds import world_of
 from .common import prepare, write_csv
 
 NOTE = """# What a step costs
@@ -37,7 +37,7 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
     which, endpoints = p.backbones[backbone], paths.endpoints(backbone)
     tangents = Tangents.load(endpoints / "train.safetensors", model)
     samples = Samples.load(endpoints / "samples.safetensors", model)
-    cond = model.encode(scenes.sample(p.distill.prompts, p.seeds.world, "train").captions())
+    cond = model.encode(world_of(backbone, p).prompts(p.distill.prompts, p.seeds.world))
     rows = []
     for name in p.paradigms:
         paradigm = PARADIGMS[name](model, which.student_steps, which.cfg, p.paradigms[name], p.distill)
@@ -82,7 +82,7 @@ class _Timed:
         began = time.perf_counter()
         for _ in range(self.cycle):
             # At a rate of zero: what is timed stays where training begins.
-            update(self.task, self.step, step_generator(0, self.step, device), 0.0, self.accelerator)
+            update(self.task, self.step, 0, 0.0, self.accelerator)
             self.step += 1
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -8,7 +8,7 @@ from ..backbones import load
 from ..evaluation import geometry, precision
 from ..params import Params
 from ..tangents import Samples, Tangents
-from ..world import scenes
+from ..worlds import world_of
 from .common import prepare, write_csv, write_json
 
 BATCH = 32  # of the endpoints students learn from: fixed, since their bits depend on it
@@ -18,7 +18,7 @@ def diagnose(backbone: str, p: Params) -> dict:
     """The teacher's endpoints and exact tangents at training and test noises, what a student can and can't
     reach (floors), and what finite differences report in each precision."""
     which, e, seed = p.backbones[backbone], p.evaluation, p.seeds.world
-    accelerator = prepare(p)
+    accelerator, world = prepare(p), world_of(backbone, p)
     teacher = load(backbone, p).to(accelerator.device)
     folder, endpoints = paths.diagnosis(backbone), paths.endpoints(backbone)
     for made in (folder, endpoints):
@@ -43,13 +43,13 @@ def diagnose(backbone: str, p: Params) -> dict:
     ends = times[[0, -1]]
     n = p.endpoints
     # Half precision is ample for a target, and the store is small.
-    prompts = scenes.sample(n.pairs, seed, "train").captions()
+    prompts = world.prompts(n.pairs, seed)
     save(endpoints / "train.safetensors", prompts, (seed + 6, seed + 7), times, dtype=torch.float16)
-    prompts = scenes.sample(n.probes, seed + 9, "test").captions()
+    prompts = world.prompts(n.probes, seed + 9, "test")
     save(endpoints / "probe.safetensors", prompts, (seed + 9, seed + 10), ends)
-    prompts = scenes.sample(n.samples, seed + 11, "train").captions()
+    prompts = world.prompts(n.samples, seed + 11)
     Samples.make(endpoints / "samples.safetensors", teacher, prompts, seed + 11, which.teacher_steps, which.cfg)
-    prompts = [c for c in scenes.sample(e.prompts, seed + 14, "test").captions() for _ in range(e.noises)]
+    prompts = [c for c in world.prompts(e.prompts, seed + 14, "test") for _ in range(e.noises)]
     test = save(folder / "test.safetensors", prompts, (seed + 14, seed + 15), ends, e.batch)
     other = {
         "teacher, CFG + 1": (which.teacher_steps, which.cfg + 1),

@@ -9,28 +9,34 @@ import pandas as pd
 
 from .. import distill as students
 from .. import paths
-from ..backbones import load
+from ..backbones import load, with_lora
 from ..evaluation.geometry import bootstrap, compare, endpoint, tangents
 from ..paradigms import PARADIGMS
 from ..params import Params, Run
 from ..tables import cell
 from ..tangents import Samples, Tangents
-from ..world import scenes
 from ..world import teacher as teachers
+from ..worlds import world_of
 from .common import prepare, write_csv
 
 
-def distill(run: Run, p: Params) -> dict:
-    """Train student `run`; its folder, log and probes."""
-    log, probes, _ = _student(run, p, paths.student(run), paths.resume(str(run)))
+def distill(run: Run, p: Params, track: str | None = None) -> dict:
+    """Train student `run`; its folder, log and probes. `track`: a tracker's name, see `prepare`."""
+    accelerator = prepare(p, p.distill.precision, track)
+    if track:
+        accelerator.init_trackers("gad", {"run": str(run), **p.distill.model_dump()})
+    made, _ = _student(run, p, paths.student(run), paths.resume(str(run)), accelerator)
+    accelerator.end_training()
+    if not made:
+        return {}
+    log, probes = made
     for path, frame in ((paths.log(run), log), (paths.probe(run), probes)):
         write_csv(path, frame)
     shutil.rmtree(paths.resume(str(run)))
     return probes.iloc[-1].to_dict()
 
 
-def _student(run, p, folder, work):
-    accelerator = prepare(p, p.distill.precision)
+def _student(run, p, folder, work, accelerator):
     backbone = load(run.backbone, p).to(accelerator.device)
     endpoints = paths.endpoints(run.backbone)
     train, test = (Tangents.load(endpoints / f"{k}.safetensors", backbone) for k in ("train", "probe"))
@@ -42,9 +48,29 @@ def _student(run, p, folder, work):
         "backbone": p.backbones[run.backbone].model_dump(), "teacher": train.x0.double().sum().item(),
         "gad": term.model_dump() if term else None, "steps": p.steps(run.paradigm, run.variant),
     }
-    prompts = scenes.sample(p.distill.prompts, p.seeds.world, "train").captions()
+    prompts = world_of(run.backbone, p).prompts(p.distill.prompts, p.seeds.world)
     made = students.distill(run, p, backbone, prompts, train, test, samples, folder, work, accelerator, config)
-    return *made, backbone
+    return made, backbone
+
+
+def publish(run: Run, p: Params) -> dict:
+    """Student `run` from the checkpoint of others that `published` names: its network in the backbone's pipeline.
+
+    ValueError where it is not of the backbone's kind, or its latents, prompts or prediction are others.
+    """
+    prepare(p)
+    entry, backbone = p.published[str(run)], load(run.backbone, p)
+    if entry.lora:
+        network = with_lora(backbone, entry.lora, entry.file, entry.revision)
+    else:
+        theirs = load(entry.path, revision=entry.revision)
+        network = theirs.network
+        for what in ("part", "latent_shape", "prediction"):
+            ours, its = getattr(backbone, what), getattr(theirs, what)
+            if ours != its:
+                raise ValueError(f"published.{run}: {what} of {entry.path} is {its}, not {ours} as {run.backbone}'s")
+    students.save_student(run, p, backbone, network, paths.student(run))
+    return {"parameters": sum(w.numel() for w in network.parameters())}
 
 
 NOTE = """# What was tried
@@ -60,10 +86,10 @@ TRIAL = 20  # added to the world's seed: trials see neither the prompts nor the 
 def trial(run: Run, p: Params, settings: dict, prompts: int = 128, noises: int = 48) -> dict:
     """Train student `run` and throw it away, keeping a row in reports/tuning.csv: `settings` (what differs from
     params.yaml), scene accuracy of student and teacher on `prompts` prompts, JVP cosine at `noises` noises."""
-    which, seed = p.backbones[run.backbone], p.seeds.world + TRIAL
+    which, seed, world = p.backbones[run.backbone], p.seeds.world + TRIAL, world_of(run.backbone, p)
     work = paths.resume(f"trial-{run}")
     began = time.monotonic()
-    log, _, backbone = _student(run, p, work / "student", work)
+    (log, _), backbone = _student(run, p, work / "student", work, prepare(p, p.distill.precision))
     seconds = time.monotonic() - began
     student = load(work / "student").to(backbone.device).network
     row = {
@@ -74,9 +100,9 @@ def trial(run: Run, p: Params, settings: dict, prompts: int = 128, noises: int =
     for name, network, steps, cfg in (
         ("scene", student, which.student_steps, 1.0), ("teacher", backbone.network, which.teacher_steps, which.cfg)
     ):
-        right = teachers.quality(backbone, network, prompts, steps, cfg, seed)
-        row |= _interval(name, np.array(right["scene"]), p)
-    captions = scenes.sample(prompts, seed, "test").captions()
+        fits = teachers.quality(world, backbone, network, prompts, steps, cfg, seed)
+        row |= _interval(name, np.array(fits[world.keys[0]]), p)
+    captions = world.prompts(prompts, seed, "test")
     z, v, cond = Tangents.inputs(backbone, captions[:noises], (seed, seed + 1))
     (_, own), (_, its) = (
         tangents(lambda c, m=m: endpoint(backbone, m[0], c, m[1], m[2]), z, v, cond, p.evaluation.batch, str(run))

@@ -9,8 +9,8 @@ from ..backbones import load
 from ..evaluation import geometry, trajectory
 from ..params import Params, Run
 from ..tangents import Tangents
-from ..world import scenes
 from ..world import teacher as teachers
+from ..worlds import world_of
 from .common import prepare, write_json
 
 
@@ -18,7 +18,7 @@ def evaluate(run: Run, p: Params) -> dict:
     """Measure student `run`: Table 1's geometry point by point, scene accuracy prompt by prompt, Table 4's
     trajectories; of a base student also the first two with the hybrid sampler."""
     which, e, seed = p.backbones[run.backbone], p.evaluation, p.seeds.world
-    accelerator = prepare(p)
+    accelerator, world = prepare(p), world_of(run.backbone, p)
     teacher = load(run.backbone, p).to(accelerator.device)
     student = load(paths.student(run)).to(accelerator.device)
     test = Tangents.load(paths.diagnosis(run.backbone) / "test.safetensors", teacher)
@@ -29,29 +29,26 @@ def evaluate(run: Run, p: Params) -> dict:
             lambda c: geometry.endpoint(teacher, student.network, c, steps, first=first),
             test.z, test.v, test.cond, e.batch, str(run),
         )
-        right = teachers.quality(
-            teacher, student.network, e.quality_prompts, steps, 1.0, seed + teachers.QUALITY, first
+        fits = teachers.quality(
+            world, teacher, student.network, e.quality_prompts, steps, 1.0, seed + teachers.QUALITY, first
         )
-        return {"endpoint": geometry.row(y, jv, test.x0, test.jv), "quality": right}
+        return {"endpoint": geometry.row(y, jv, test.x0, test.jv), "quality": fits}
 
     out = {"run": str(run), **measured()}
     out["local"] = geometry.local_rows(teacher, student.network, test, which.cfg, e.batch)
-    prompts = scenes.sample(e.trajectory_prompts, seed + 16, "unseen").captions()
+    prompts = world.prompts(e.trajectory_prompts, seed + 16, "unseen")
     z, cond = teacher.noise(len(prompts), seed + 16), teacher.encode(prompts)
     out["trajectory"] = trajectory.errors(teacher, student.network, z, cond, steps, which.teacher_steps, which.cfg)
     if run.variant == "base" and steps > 1:
         out["hybrid"] = measured((teacher.network, which.cfg))  # the teacher's first step, then the student
     write_json(paths.result(run), out)
-    world = scenes.sample(8, seed + 8, "test")
+    prompts = world.prompts(8, seed + 8, "test")
     rows = [
-        teachers.generate(teacher, network, world.captions(), n, cfg, seed + 8)
+        teachers.generate(teacher, network, prompts, n, cfg, seed + 8)
         for network, n, cfg in ((teacher.network, which.teacher_steps, which.cfg), (student.network, steps, 1.0))
     ]
     paths.sample_grid(run).parent.mkdir(parents=True, exist_ok=True)
     save_image(torch.cat(rows), paths.sample_grid(run), nrow=8)
-    return {
-        "cos": float(np.mean(out["endpoint"]["cos"])),
-        "scene": float(np.mean(out["quality"]["scene"])),
-        "colour_count": float(np.mean(out["quality"]["colour_count"])),
-    }
+    told = {k: float(np.mean(out["quality"][k])) for k in world.keys}
+    return {"cos": float(np.mean(out["endpoint"]["cos"])), **told}
 

@@ -82,7 +82,10 @@ class _Bench:
 
 
 def references(backbone: str, p: Params) -> dict:
-    """The teacher's side, once a backbone: its own measures, classifiers of its seeds, and its library of noises."""
+    """The teacher's side, once a backbone: its own measures, classifiers of its seeds, and its library of noises.
+    Of the miniature world alone: of another there is nothing yet, and its backbones have no rows."""
+    if p.backbones[backbone].world != "mini":
+        return _nothing(paths.references(backbone) / "teacher.json")
     bench = _Bench(backbone, p)
     teacher, which = bench.backbone, bench.which
     model = _Model(teacher, teacher.network, which.teacher_steps, which.cfg)
@@ -104,6 +107,9 @@ def references(backbone: str, p: Params) -> dict:
 
 def use(run: Run, p: Params) -> dict:
     """The same measures of student `run`, and of a base student's images with the hybrid sampler."""
+    if p.backbones[run.backbone].world != "mini":
+        save_image(torch.ones(3, 8, 8), _made(paths.use(run).with_suffix(".png")))
+        return _nothing(paths.use(run))
     bench = _Bench(run.backbone, p)
     teacher, which = bench.backbone, bench.which
     student = load(paths.student(run)).to(teacher.device).network
@@ -123,6 +129,16 @@ def use(run: Run, p: Params) -> dict:
     write_json(paths.use(run), out)
     _show(images, paths.use(run).with_suffix(".png"))
     return _told(out)
+
+
+def _nothing(path) -> dict:
+    write_json(path, {})
+    return {"measured": "nothing: these tables are of the miniature world"}
+
+
+def _made(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _world(p) -> scenes.Scenes:

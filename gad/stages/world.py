@@ -2,12 +2,15 @@
 
 import shutil
 
+import numpy as np
 from diffusers import AutoencoderDC, AutoencoderKL
 
 from .. import paths
+from ..backbones import load
 from ..params import Params
 from ..world import autoencoder as autoencoders
 from ..world import teacher as teachers
+from ..worlds import world_of
 from .common import prepare, write_json
 
 
@@ -23,8 +26,10 @@ def autoencoder(kind: str, p: Params) -> dict:
 
 
 def teacher(backbone: str, p: Params) -> dict:
-    """Train the miniature teacher of `backbone` and measure it on test prompts."""
-    which = p.backbones[backbone]
+    """Train the miniature teacher of `backbone`, or take the one at its `path`, and measure it on test prompts."""
+    which, world = p.backbones[backbone], world_of(backbone, p)
+    if which.path:
+        return _given(backbone, p, world)
     folder = paths.autoencoder(which.autoencoder)
     vae = (AutoencoderDC if which.autoencoder == "dc" else AutoencoderKL).from_pretrained(folder)
     vae.register_to_config(_name_or_path=which.autoencoder)  # or the folder's path would go into what is saved
@@ -34,7 +39,21 @@ def teacher(backbone: str, p: Params) -> dict:
     made = teachers.pretrain(
         which.family or backbone, vae, paths.teacher(backbone), work, config, seed, lambda x: prepare(p, x)
     )
-    metrics = teachers.evaluate(made, made.network, which.teacher_steps, which.cfg, seed, training.prompts)
+    metrics = teachers.evaluate(world, made, made.network, which.teacher_steps, which.cfg, seed, training.prompts)
     write_json(paths.teacher_metrics(backbone), metrics)
     shutil.rmtree(work)
     return {k: v for k, v in metrics.items() if k != "quality"}
+
+
+def _given(backbone, p, world) -> dict:
+    """A teacher that is there already is used where it is; its folder here says which one it was."""
+    which, device = p.backbones[backbone], prepare(p).device
+    made = load(backbone, p).to(device)
+    n, seed = p.teacher_of(backbone).prompts, p.seeds.world + teachers.QUALITY
+    fits = teachers.quality(world, made, made.network, n, which.teacher_steps, which.cfg, seed)
+    write_json(paths.teacher(backbone) / "source.json", {
+        "path": which.path, "revision": which.revision, "parameters": sum(w.numel() for w in made.network.parameters()),
+    })
+    metrics = {k: float(np.mean(v)) for k, v in fits.items()}
+    write_json(paths.teacher_metrics(backbone), metrics | {"quality": fits})
+    return metrics

@@ -24,6 +24,12 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def fit(result: dict) -> list[float]:
+    """How well images fit their prompts, one by one, by the first measure of the model's world."""
+    quality = result["quality"]
+    return quality["scene"] if "scene" in quality else quality["pickscore"]
+
+
 def label(run: Run) -> str:
     name = {"sid": "SiD", "swiftbrush": "SwiftBrush"}.get(run.paradigm, run.paradigm.upper())
     return name + VARIANTS.get(run.variant, f" + {run.variant}")

@@ -19,8 +19,10 @@ PAPER = pd.DataFrame(  # Table 1 of the paper, PixArt-α at full size
 COLUMNS = {
     "cos": "JVP cos ↑", "ratio": "Jac norm → 1", "spectral_kl": "Spec KL ↓", "mse": "JVP MSE ↓",
     "relative": "JVP error, relative ↓", "value": "value error, relative ↓", "scene": "scene accuracy ↑",
-    "colour_count": "colours and count ↑", "share": "of its teacher's scenes",
+    "colour_count": "colours and count ↑", "share": "of its teacher's scenes", "pickscore": "PickScore ↑",
+    "openclip": "CLIP ↑",
 }
+QUALITY = ("scene", "share", "colour_count", "pickscore", "openclip")
 DIFFERENCES = ("cos", "ratio", "relative", "value")
 
 # How points are summed up. A few noises lie where the map is all but discontinuous, and their huge tangents would
@@ -49,7 +51,7 @@ def measure(rows: list[dict], n: int, noises: int) -> dict[str, tuple[float, flo
 
 def accuracy(results: list[dict], n: int) -> dict[str, tuple[float, float, float]]:
     out = {}
-    for key in ("scene", "colour_count"):
+    for key in results[0]["quality"]:
         x = np.concatenate([r["quality"][key] for r in results])
         prompts = prompts_of(len(x) // len(results), 1, len(results))
         out[key] = bootstrap(lambda i, x=x: x[i].mean(), prompts, n)
@@ -57,7 +59,10 @@ def accuracy(results: list[dict], n: int) -> dict[str, tuple[float, float, float
 
 
 def share(results: list[dict], teacher: dict, n: int) -> dict[str, tuple[float, float, float]]:
-    """Scene accuracy in units of the teacher's on the same prompts and noises; nothing where those are not the same."""
+    """Scene accuracy in units of the teacher's on the same prompts and noises; nothing where those are not the same, or
+    it is not of the miniature world."""
+    if "scene" not in teacher["quality"]:
+        return {}
     x, its = np.concatenate([r["quality"]["scene"] for r in results]), np.array(teacher["quality"]["scene"])
     if len(x) != len(its) * len(results) or not its.any():
         return {}
@@ -105,7 +110,7 @@ def difference(base: list[dict], gad: list[dict], n: int, noises: int) -> dict[s
     """A variant minus its base on the same prompts and noises: the difference of the summaries, resampled together."""
     out = {}
     for where, each, keys in (
-        ("endpoint", noises, DIFFERENCES), ("quality", 1, ("scene", "colour_count"))
+        ("endpoint", noises, DIFFERENCES), ("quality", 1, tuple(base[0]["quality"]))
     ):
         for key in keys:
             b, g = (np.concatenate([r[where][key] for r in rows]) for rows in (base, gad))
@@ -134,7 +139,7 @@ def _weighted(p: Params) -> str:
 def write(p: Params) -> pd.DataFrame:
     """reports/tables/table1.* and summary.md; returns the long form."""
     long = table1(p)
-    geometry, quality = ["cos", "ratio", "spectral_kl", "mse", "relative", "value"], ["scene", "share", "colour_count"]
+    geometry = ["cos", "ratio", "spectral_kl", "mse", "relative", "value"]
     levels = sorted({m for m in long["map"] if m.startswith("local")}, reverse=True)
     text = [
         "# Table 1, geometry",
@@ -145,15 +150,15 @@ def write(p: Params) -> pd.DataFrame:
         "A teacher compared with itself is 1, 1, 0, 0 by definition.",
         f"GAD: form `{p.gad.form}`, h = {p.gad.h}, λ = {p.gad.lam} on {_weighted(p)}.",
         "## Endpoint map z → x0, and images",
-        wide(long, ["endpoint", "images"], [*geometry, *quality]).to_markdown(index=False),
+        wide(long, ["endpoint", "images"], [*geometry, *QUALITY]).to_markdown(index=False),
         "## Differences, paired",
-        wide(long, ["difference"], [*DIFFERENCES, "scene", "colour_count"]).to_markdown(index=False),
+        wide(long, ["difference"], [*DIFFERENCES, *QUALITY]).to_markdown(index=False),
         "## Local map x_t → x̂0", wide(long, levels, geometry).to_markdown(index=False),
         "## The paper's Table 1 (PixArt-α at full size; not comparable in scale)", PAPER.to_markdown(index=False),
     ]
     save("table1", long, text)
     grid = {label(r) for r in p.grid.runs(p.seeds.distill)}
     summary = wide(long[long["model"].isin(grid)], ["endpoint", "images"],
-                   ["cos", "ratio", "spectral_kl", "relative", "scene"]).to_markdown(index=False) + "\n"
+                   ["cos", "ratio", "spectral_kl", "relative", "scene", "pickscore"]).to_markdown(index=False) + "\n"
     (paths.TABLES / "summary.md").write_text(summary)
     return long

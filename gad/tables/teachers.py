@@ -17,10 +17,11 @@ def write(p: Params) -> dict[str, dict]:
         for key, interval in accuracy([made], p.report.bootstrap).items():
             row |= dict(zip((key, f"{key}_low", f"{key}_high"), interval, strict=True))
             shown[COLUMNS[key]] = cell(*interval, ".3f")
-        row |= {k: made[k] for k in ("spread", "spread_world")}
-        row["spread_share"] = row["spread"] / row["spread_world"]
-        shown |= {"spread, px": f"{row['spread']:.1f}", "the world's": f"{row['spread_world']:.1f}",
-                  "share": f"{row['spread_share']:.2f}"}
+        if "spread" in made:
+            row |= {k: made[k] for k in ("spread", "spread_world")}
+            row["spread_share"] = row["spread"] / row["spread_world"]
+            shown |= {"spread, px": f"{row['spread']:.1f}", "the world's": f"{row['spread_world']:.1f}",
+                      "share": f"{row['spread_share']:.2f}"}
         rows.append(row)
         cells.append(shown)
         found[backbone] = {k: round(v, 4) for k, v in row.items() if k != "backbone"}

@@ -93,8 +93,9 @@ def models(p: Params, backbone: str) -> dict[str, dict]:
     """Results by a model's name: the world's own images, the teacher, each student, and a base student's with the
     hybrid sampler. Students with something else in GAD's place have no such results."""
     teacher = read(paths.references(backbone) / "teacher.json")
-    out = {"the world": teacher["world"], "teacher": teacher}
-    runs = [*p.grid.runs(p.seeds.distill), *p.further.paradigms.runs(p.seeds.distill)]
+    out = {"the world": teacher.get("world", {}), "teacher": teacher}
+    beside = p.further.controls.runs(p.seeds.distill)
+    runs = [run for run in p.runs() if run not in beside]
     for (paradigm, variant), results in grouped(runs, backbone, paths.use).items():
         name = label(Run(backbone, paradigm, variant, 0))
         out[name] = merged(results)
@@ -115,7 +116,7 @@ def long(p: Params) -> dict[str, pd.DataFrame]:
             def add(model, metrics, backbone=backbone, table=table):
                 rows[table] += records(metrics, backbone=backbone, model=model)
 
-            if table == "table3":
+            if table == "table3" and shown:
                 del shown["the world"]["FID"]  # from itself
             for name, metrics in shown.items():
                 add(name, {k: interval(x, n) for k, x in metrics.items()})
@@ -127,7 +128,8 @@ def long(p: Params) -> dict[str, pd.DataFrame]:
                         add(f"{name} − base", _gap(metrics, base, shown["teacher"], n))
                 if table == "table6" and name != "teacher":
                     add(f"{name} / teacher", _retained(metrics, shown["teacher"], n))
-    return {name: pd.DataFrame(r) for name, r in rows.items()}
+    columns = ["backbone", "model", "metric", "value", "low", "high"]
+    return {name: pd.DataFrame(r, columns=columns) for name, r in rows.items()}
 
 
 def _gap(gad, base, teacher, n):

@@ -11,7 +11,7 @@ from ..backbones import BACKBONES, MINIATURES, Condition
 from ..diffusion import t_like
 from ..training import Role, train
 from . import scenes
-from .detector import centres, judge
+from .detector import centres
 
 QUALITY = 13  # added to the world's seed: prompts and noises of scene accuracy, on which nothing was tuned
 
@@ -129,13 +129,13 @@ def pretrain(name: str, vae, folder: Path, work: Path, p: dict, seed: int, accel
 
 
 @torch.no_grad()
-def evaluate(backbone, network, steps: int, cfg: float, seed: int, prompts: int = 256, seeds: int = 24) -> dict:
-    """Scene accuracies on `prompts` test prompts, their means and each prompt's under "quality", and the spread of the
-    first object's centre over `seeds` noises (RMS distance from the mean, pixels) against the world's for the same
-    prompts."""
+def evaluate(judge, backbone, network, steps: int, cfg: float, seed: int, prompts: int = 256, seeds: int = 24) -> dict:
+    """Scene accuracies, by `judge`, the miniature world, on `prompts` test prompts: their means and each prompt's under
+    "quality"; and the spread of the first object's centre over `seeds` noises (RMS distance from the mean, pixels)
+    against the world's for the same prompts."""
     world = scenes.sample(prompts, seed + QUALITY, "test")
     objects = [world.objects(i) for i in range(prompts)]
-    right = quality(backbone, network, prompts, steps, cfg, seed + QUALITY)
+    right = quality(judge, backbone, network, prompts, steps, cfg, seed + QUALITY)
     ours, theirs = [], []
     for i in range(min(8, prompts)):
         wanted = [objects[i]] * seeds
@@ -149,13 +149,13 @@ def evaluate(backbone, network, steps: int, cfg: float, seed: int, prompts: int 
     }
 
 
-def quality(backbone, network, prompts: int, steps: int, cfg: float, seed: int, first=None) -> dict[str, list[int]]:
-    """Scene accuracies, 0 or 1 for each of a seed's `prompts` test prompts with one noise each, the same for all
-    models."""
-    world = scenes.sample(prompts, seed, "test")
-    images = generate(backbone, network, world.captions(), steps, cfg, seed, first=first)
-    right = judge(images, [world.objects(i) for i in range(prompts)])
-    return {k: v.astype(int).tolist() for k, v in right.items()}
+def quality(world, backbone, network, prompts: int, steps: int, cfg: float, seed: int, first=None) -> dict[str, list]:
+    """How well images fit, by the world's keys: of a seed's `prompts` test prompts with one noise each, the same for
+    all models."""
+    def draw(captions):
+        return generate(backbone, network, captions, steps, cfg, seed, first=first)
+
+    return world.quality(draw, prompts, seed, backbone.device)
 
 
 def spread(points: np.ndarray) -> float:

@@ -1,0 +1,61 @@
+"""What a backbone draws: its prompts, and how well an image fits one. A class a world; stages know no more of it."""
+
+from collections.abc import Callable
+
+import torch
+
+from . import paths
+from .params import Params
+from .world import detector, scenes
+
+Draw = Callable[[list[str]], torch.Tensor]  # images (n, 3, H, W) in [0, 1], one a prompt
+
+
+class Mini:
+    """The procedural world. `keys` of its quality: the scene as the prompt says; colours and count alone."""
+
+    keys = ("scene", "colour_count")
+
+    def __init__(self, p: Params):
+        self.p = p
+
+    def prompts(self, n: int, seed: int, split: str = "train") -> list[str]:
+        """`n` captions of "train", "test" or "unseen" scenes."""
+        return scenes.sample(n, seed, split).captions()
+
+    def quality(self, draw: Draw, n: int, seed: int, device="cpu") -> dict[str, list[float]]:
+        """How well what is drawn of each of `n` test prompts fits it, by key: 0 or 1."""
+        world = scenes.sample(n, seed, "test")
+        right = detector.judge(draw(world.captions()), [world.objects(i) for i in range(n)])
+        return {k: v.astype(int).tolist() for k, v in right.items()}
+
+
+class Coco:
+    """Photographs, by the captions of MS-COCO. `keys`: PickScore's and CLIP's cosines with the prompt."""
+
+    keys = ("pickscore", "openclip")
+
+    def __init__(self, p: Params):
+        from .world import coco, experts
+
+        self.experts, self.judges = experts, p.coco.judges
+        self.data = coco.Coco(paths.DATA / "coco", p.coco.prompts, p.coco.column)
+
+    def prompts(self, n: int, seed: int, split: str = "train") -> list[str]:
+        return self.data.prompts(n, seed, split)
+
+    def quality(self, draw: Draw, n: int, seed: int, device="cpu") -> dict[str, list[float]]:
+        prompts = self.prompts(n, seed, "test")
+        images, out = draw(prompts).cpu(), {}
+        for kind in self.keys:
+            judge = self.experts.load(kind, self.judges[kind].path, self.judges[kind].revision, device)
+            out[kind] = [float(f"{x:.5g}") for x in judge.score(images, prompts).tolist()]
+        return out
+
+
+WORLDS = {"mini": Mini, "coco": Coco}
+
+
+def world_of(backbone: str, p: Params) -> Mini | Coco:
+    """The world of a backbone of `p`. ValueError where it lacks a file."""
+    return WORLDS[p.backbones[backbone].world](p)

@@ -1,0 +1,115 @@
+"""The world of photographs, from files of its formats to Table 1: tiny pipelines and judges of the real classes."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import build
+from test_distill import done
+from test_experts import openclip, pickscore
+
+from gad import params
+from gad.graph import sandbox
+from gad.params import ROOT, ParamsError
+from gad.world import coco, scenes
+from gad.worlds import Mini, world_of
+
+SMOKE = yaml.safe_load((ROOT / "tests/smoke.yaml").read_text())
+
+
+def test_the_miniature_world_judges_its_own_scenes_right():
+    world = world_of("sd2", params.load())
+    assert isinstance(world, Mini)
+    drawn = scenes.sample(6, 3, "test")
+    assert world.prompts(6, 3, "test") == drawn.captions()
+    assert world.quality(lambda prompts: drawn.render(), 6, 3) == {"colour_count": [1] * 6, "scene": [1] * 6}
+    wrong = world.quality(lambda prompts: drawn.render().flip(0), 6, 3)["scene"]
+    assert sum(wrong) < 6
+
+
+def photographs(folder):
+    """A few dozen captions and boxes in COCO's format."""
+    rng, nouns = random.Random(0), ("dog", "cat", "bus", "chair")
+    images = [{"id": i, "width": 64, "height": 64} for i in range(60)]
+    captions, boxes = [], []
+    for i in range(60):
+        noun = rng.choice(nouns)
+        captions.append({"id": i, "image_id": i, "caption": f"A {noun} in the year {1900 + i}."})
+        boxes.append({"id": i, "image_id": i, "category_id": nouns.index(noun), "bbox": [8, 8, 40, 40], "iscrowd": 0})
+    categories = [{"id": k, "name": n} for k, n in enumerate(nouns)]
+    folder.mkdir(parents=True)
+    (folder / coco.CAPTIONS).write_text(json.dumps({"annotations": captions}))
+    (folder / coco.INSTANCES).write_text(json.dumps(
+        {"images": images, "annotations": boxes, "categories": categories}))
+
+
+def given(folder):
+    """Parameters of a backbone that is there already, judged as photographs are."""
+    backbone = {**SMOKE["backbones"]["sd2"], "world": "coco", "path": str(folder / "pipeline")}
+    return {
+        **SMOKE, "published": {},
+        "grid": {"backbones": ["sd2"], "paradigms": ["tdm"], "variants": ["base", "gad"]},
+        "further": {"paradigms": {"paradigms": []}, "controls": {"variants": []}},
+        "backbones": {"sd2": backbone},
+        "coco": {"archives": [], "judges": {kind: {"path": str(folder / kind)} for kind in ("openclip", "pickscore")}},
+    }
+
+
+@pytest.mark.slow
+def test_a_given_pipeline_goes_all_the_way_on_photographs(tmp_path):
+    for kind, make in (("openclip", openclip), ("pickscore", pickscore)):
+        (tmp_path / kind).mkdir()
+        make(tmp_path / kind)
+    build("sd2").pipeline.save_pretrained(tmp_path / "pipeline")
+    place = sandbox(tmp_path / "copy", given(tmp_path))
+    photographs(tmp_path / "annotations")
+    coco.build(tmp_path / "annotations", place / "data/coco", 0, test=20, unseen=10, layouts=5)
+    told = json.loads(done(place, "teacher", "sd2"))
+    assert set(told) == {"pickscore", "openclip"}
+    source = json.loads((place / "data/teachers/sd2/source.json").read_text())
+    assert source["path"] == str(tmp_path / "pipeline") and source["parameters"] > 1e5
+    done(place, "diagnose", "sd2")
+    done(place, "references", "sd2")
+    for variant in ("base", "gad"):
+        done(place, "distill", "sd2", "tdm", variant)
+        told = json.loads(done(place, "evaluate", "sd2", "tdm", variant))
+        assert {"cos", "pickscore", "openclip"} == set(told)
+        done(place, "use", "sd2", "tdm", variant)
+        assert "photograph" in (place / f"data/students/sd2-tdm-{variant}-0/README.md").read_text()
+    report = "p = params.load(); claims.write(p, tables.write(p)); plots.write(p)"
+    report = f"from gad import claims, params, plots, tables; {report}"
+    environment = {**os.environ, "PYTHONPATH": str(place), "MPLBACKEND": "agg"}
+    subprocess.run([sys.executable, "-c", report], cwd=place, env=environment, check=True)
+    long = pd.read_csv(place / "reports/tables/table1.csv")
+    assert {"pickscore", "openclip", "cos"} <= set(long["metric"]) and "scene" not in set(long["metric"])
+    assert "PickScore" in (place / "reports/tables/summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"path": None}, "backbones.sd2.path is missing: world 'coco' needs a pipeline folder or hub id"),
+        ({"world": "moon"}, "backbones.sd2.world='moon'"),
+    ],
+)
+def test_a_photographic_backbone_that_lacks_something_is_named(change, said, tmp_path):
+    data = params.load().model_dump()
+    data["backbones"]["sd2"] |= {"world": "coco", "path": "somewhere", **change}
+    with pytest.raises(ParamsError, match=said):
+        params.validate(data)
+    data["backbones"]["sd2"] |= {"world": "coco", "path": "somewhere"}
+    data["coco"]["judges"] = {}
+    with pytest.raises(ParamsError, match=r"coco\.judges=\[\]: backbones\.sd2 needs openclip and pickscore"):
+        params.validate(data)
+
+
+def test_captions_that_are_not_there_say_how_to_get_them():
+    data = params.load().model_dump()
+    data["backbones"]["sd2"] |= {"world": "coco", "path": "somewhere"}
+    with pytest.raises(ValueError, match=r"prompts\.csv does not exist: set coco\.archives"):
+        world_of("sd2", params.validate(data))
