@@ -23,12 +23,20 @@ def main(argv: list[str] | None = None) -> int:
         ("use", "the student's side of them", ("backbone", "paradigm", "variant", "seed")),
         ("trial", "train and measure a student at the --set given; a row of reports/tuning.csv",
          ("backbone", "paradigm", "variant", "seed")),
+        ("benchmark", "time full-size steps (random weights) and plan the paper's grid; reports/benchmark.json", ()),
         ("cost", "time a step of every paradigm without and with GAD; reports/cost.md", ("backbone", "blocks")),
     ):
         command = commands.add_parser(name, help=text)
         for arg in args:
             number = {"seed": 0, "blocks": 8}.get(arg)
             command.add_argument(arg, **({} if number is None else {"nargs": "?", "default": number, "type": int}))
+        if name == "benchmark":
+            command.add_argument("backbone", nargs="*", default=["sd2", "pixart", "sana"])
+            command.add_argument("--paradigms", nargs="+", default=["ladd", "tdm", "sid"])
+            for option, kind in (("blocks", int), ("batch", int), ("gpus", int), ("precision", str)):
+                command.add_argument(f"--{option}", type=kind, default={"blocks": 8, "gpus": 8}.get(option))
+            command.add_argument("--compile", action="store_true", help="each block by torch.compile")
+            command.add_argument("--miniature", action="store_true", help="the small networks, on a GPU too")
         if name == "distill":
             command.add_argument("--track", choices=("tensorboard", "wandb", "dvclive"), help="losses, probes, samples")
     args = parser.parse_args(argv)
@@ -43,6 +51,14 @@ def main(argv: list[str] | None = None) -> int:
         known = {
             "kind": p.autoencoder, "backbone": p.backbones, "paradigm": p.names, "variant": p.variants
         }
+        if args.command == "benchmark":
+            from . import stages
+
+            stages.benchmark(
+                p, tuple(args.backbone), tuple(args.paradigms), args.blocks, args.batch, args.precision, args.compile,
+                miniature=args.miniature or None, gpus=args.gpus,
+            )
+            return 0
         for name, choices in known.items():
             if getattr(args, name, None) not in (None, *choices):
                 raise ParamsError(f"{name}={getattr(args, name)!r} is unknown: there are {', '.join(choices)}")

@@ -20,6 +20,7 @@ PROGRESS = re.compile(r": step \d+/\d+")  # the lines of gad.training that a ter
 LOCAL = "data/students/"  # outputs that are not shipped: missing is no reason to run a stage
 PENDING = paths.resume("fresh")  # stages that an interrupted fresh run still owes
 STUDENTS = ("distill", "evaluate", "use")
+READERS = ("evaluate", "use")  # of students; figures also want a student's probes, which ship
 ALONE = {  # no blocks beside the grid
     "baselines": {"paradigms": []}, "paradigms": {"paradigms": []}, "controls": {"variants": []},
 }
@@ -132,7 +133,8 @@ def _closure(start, parents, missing=frozenset()) -> set[str]:
         if (stage := queue.pop()) not in todo:
             todo.add(stage)
             queue += [child for child, needs in parents.items() if stage in needs]
-            queue += parents[stage] & missing
+            if _group(stage) in READERS:
+                queue += parents[stage] & missing
     return todo
 
 

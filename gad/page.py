@@ -110,9 +110,11 @@ def graph(p: Params) -> dict[str, dict]:
     for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
         matrix = stage.get("matrix", {})
         matrix |= {k: reduce(getattr, v[2:-1].split("."), p) for k, v in matrix.items() if isinstance(v, str)}
+        if "foreach" in stage:  # of the checkpoints of others
+            matrix, stage = {"backbone": list(dict.fromkeys(e.backbone for e in p.published.values()))}, stage["do"]
         if not all(matrix.values()):
             continue
-        keys = [ITEM.sub(value, key) for key in stage.get("params", []) for item in [ITEM.search(key)]
+        keys = [ITEM.sub(value, key.removesuffix(".${key}")) for key in stage.get("params", []) for item in [ITEM.search(key)]
                 for value in (matrix[item[1]] if item else [""])]
         outs = [next(iter(o)) if isinstance(o, dict) else o for o in stage["outs"]]
         needs = {n for n, s in found.items() if any(_meet(d, o) for d in stage["deps"] for o in s["outs"])}

@@ -432,7 +432,7 @@ def test_training_prompts_come_from_a_file(world, tmp_path):
     assert its.prompts(2, 4, "test") == Coco(world).prompts(2, 4, "test")
     with pytest.raises(ValueError, match=r"none\.txt does not exist"):
         Coco(world, tmp_path / "none.txt")
-    with pytest.raises(ValueError, match=r"prompts\.csv does not exist: make it"):
+    with pytest.raises(ValueError, match=r"prompts\.csv does not exist: set coco"):
         Coco(tmp_path)
 
 

@@ -125,6 +125,7 @@ def gap(a, b):
 @pytest.mark.slow
 def test_shared_batches_give_the_same_student(place):
     """One process; one in two parts, activations made anew; two processes; and these with one killed on the way."""
+    shutil.rmtree(place / "data/.resume" / RUN, ignore_errors=True)
     done(place, *SHARED)
     alone, log = take(place)
     teacher = load_file(next((place / "data/teachers/sana/transformer").glob("*.safetensors")))

@@ -120,6 +120,7 @@ def test_a_backbones_pretraining_lies_over_the_general_one(tmp_path):
 
 def test_blocks_beside_the_grid_make_runs_with_terms_and_steps_of_their_own():
     p = params.load(**{
+        "further.baselines.paradigms": [],
         "further.paradigms": {"backbones": ["sd2"], "paradigms": ["dmd"], "variants": ["base"]},
         "further.controls": {"backbones": ["sana"], "paradigms": ["tdm"], "variants": ["rkd", "longer"]},
         "paradigms.dmd": DATA["paradigms"]["dmd"] | {"steps": 60},

@@ -1,5 +1,6 @@
 """The pipeline's stages as functions, a file for each kind. Notebooks and `python -m gad` call these alone."""
 
+from .benchmark import benchmark
 from .cost import cost
 from .diagnosis import diagnose
 from .distillation import distill, publish, trial
@@ -7,5 +8,5 @@ from .evaluation import evaluate
 from .uses import judge, references, use
 from .world import autoencoder, teacher
 
-__all__ = ["autoencoder", "cost", "diagnose", "distill", "evaluate", "judge", "publish", "references",
+__all__ = ["autoencoder", "benchmark", "cost", "diagnose", "distill", "evaluate", "judge", "publish", "references",
            "teacher", "trial", "use"]
