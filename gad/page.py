@@ -114,8 +114,8 @@ def graph(p: Params) -> dict[str, dict]:
             matrix, stage = {"backbone": list(dict.fromkeys(e.backbone for e in p.published.values()))}, stage["do"]
         if not all(matrix.values()):
             continue
-        keys = [ITEM.sub(value, key.removesuffix(".${key}")) for key in stage.get("params", []) for item in [ITEM.search(key)]
-                for value in (matrix[item[1]] if item else [""])]
+        keys = [ITEM.sub(value, key.removesuffix(".${key}")) for key in stage.get("params", [])
+                for item in [ITEM.search(key)] for value in (matrix[item[1]] if item else [""])]
         outs = [next(iter(o)) if isinstance(o, dict) else o for o in stage["outs"]]
         needs = {n for n, s in found.items() if any(_meet(d, o) for d in stage["deps"] for o in s["outs"])}
         needs |= {before for n in needs for before in found[n]["needs"]}
