@@ -142,7 +142,10 @@ def result(vendi=3.0, shift=1.0, ap=0.5):
     }
 
 
-SMALL = {"grid.backbones": ["sana"], "further.controls.backbones": ["sana"], "report.bootstrap": 50}
+SMALL = {
+    "grid.backbones": ["sana"], **{f"further.{b}.backbones": ["sana"] for b in ("baselines", "paradigms", "controls")},
+    "report.bootstrap": 50,
+}
 
 
 @pytest.fixture
