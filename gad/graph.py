@@ -22,7 +22,7 @@ PENDING = paths.resume("fresh")  # stages that an interrupted fresh run still ow
 STUDENTS = ("distill", "evaluate", "use")
 READERS = ("evaluate", "use")  # of students; figures also want a student's probes, which ship
 ALONE = {  # no blocks beside the grid
-    "baselines": {"paradigms": []}, "paradigms": {"paradigms": []}, "controls": {"variants": []},
+    "baselines": {"paradigms": []}, "controls": {"variants": []}, "maps": {"variants": []},
 }
 FRESH = {
     None: (),
@@ -208,7 +208,7 @@ def _span(minutes):
 
 
 def _group(stage):
-    """distill for distill@…, distill-paradigms@… and distill-controls@…"""
+    """distill for distill@…, distill-controls@… and distill-maps@…"""
     return re.split("[@-]", stage)[0]
 
 

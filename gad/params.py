@@ -91,8 +91,13 @@ class Further(_Section):
     """Blocks beside the grid, each with stages of its own in dvc.yaml."""
 
     baselines: Block
-    paradigms: Block
     controls: Block
+    maps: Block
+
+    @property
+    def controlled(self) -> list["Block"]:
+        """The blocks whose variants are `controls`."""
+        return [self.controls, self.maps]
 
 
 class BackboneParams(_Section):
@@ -146,7 +151,7 @@ class Coco(_Section):
     layouts: PositiveInt = 800
     prompts: str | None = None
     column: str | None = None
-    judges: dict[Literal["openclip", "pickscore"], Expert] = {}
+    judges: dict[Literal["openclip", "pickscore", "dinov2", "rt-detr", "grounding-dino"], Expert] = {}
 
 
 class AutoencoderParams(_Section):
@@ -293,7 +298,7 @@ class Params(_Section):
         for key, block in self.blocks.items():
             if not block.runs(self.seeds.distill):
                 continue
-            variants = self.controls if key == "further.controls" else ("base", "gad")
+            variants = self.controls if block in self.further.controlled else ("base", "gad")
             checks += [
                 # teachers are made for the grid's backbones
                 (f"{key}.backbones", block.backbones, self.backbones if key == "grid" else self.grid.backbones,
@@ -326,8 +331,11 @@ class Params(_Section):
         for name, which in self.backbones.items():
             if which.world == "coco" and which.path is None:
                 raise ValueError(f"backbones.{name}.path is missing: world 'coco' needs a pipeline folder or hub id")
-            if which.world == "coco" and len(self.coco.judges) < 2:
-                raise ValueError(f"coco.judges={[*self.coco.judges]}: backbones.{name} needs openclip and pickscore")
+            if which.world == "coco":
+                for kinds in (("openclip",), ("pickscore",), ("dinov2",), ("rt-detr", "grounding-dino")):
+                    if not set(kinds) & set(self.coco.judges):
+                        there = [*self.coco.judges]
+                        raise ValueError(f"coco.judges={there}: backbones.{name} needs {' or '.join(kinds)} too")
             try:
                 self.teacher_of(name)
             except ValidationError as error:

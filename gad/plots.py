@@ -56,11 +56,6 @@ def _runs(p: Params, backbone: str):
     return [r for r in p.grid.runs(p.seeds.distill[:1]) if r.backbone == backbone]
 
 
-def _measured(p: Params) -> list[str]:
-    """The backbones of which there is what relies on the noise: those of the miniature world."""
-    return [b for b in p.grid.backbones if p.backbones[b].world == "mini"]
-
-
 def _interval(values, key: str, n=500):
     values, summary = np.asarray(values), tables.SUMMARY[key]
     return bootstrap(lambda i: summary(values[i]), np.arange(len(values)), n)
@@ -108,10 +103,9 @@ def figure2(p: Params):
 def figure5(p: Params):
     """Vendi score against CLIP, a panel a backbone: arrows from a student without to the one with GAD. Hybrid samplers
     only where one paradigm leaves them room."""
-    backbones = _measured(p)
-    n = max(1, len(backbones))
+    n = len(p.grid.backbones)
     figure, axes = plt.subplots(1, n, figsize=(3.6 * n, 3.2), squeeze=False)
-    for ax, backbone in zip(axes[0], backbones, strict=False):
+    for ax, backbone in zip(axes[0], p.grid.backbones, strict=True):
         at = {}
         for name, result in uses.models(p, backbone).items():
             if name.endswith(tables.HYBRID) and len(p.grid.paradigms) > 1:
@@ -189,16 +183,18 @@ def samples(p: Params):
 def seeds(p: Params):
     """The same seeds down the rows; teacher, students without and with GAD across, under two prompts (or one, where
     there are several paradigms)."""
-    backbones, across = _measured(p), 1 + len(p.grid.paradigms) * len(p.grid.variants)
-    n, columns = max(1, len(backbones)), across * (2 if len(p.grid.paradigms) == 1 else 1)
+    backbones, across = p.grid.backbones, 1 + len(p.grid.paradigms) * len(p.grid.variants)
+    n, columns = len(backbones), across * (2 if len(p.grid.paradigms) == 1 else 1)
     figure, axes = plt.subplots(n, columns, figsize=(0.95 * columns, 5.9 * n), squeeze=False)
-    for row, backbone in zip(axes, backbones, strict=False):
+    for row, backbone in zip(axes, backbones, strict=True):
         models = [("teacher", paths.references(backbone) / "teacher.png")]
         models += [(tables.label(r), paths.use(r).with_suffix(".png")) for r in _runs(p, backbone)]
         for k, ax in enumerate(row):
             name, path = models[k % across]
-            left = 66 * (k // across)  # pictures of 64 pixels, two apart
-            ax.imshow(np.asarray(Image.open(path))[:, left:left + 68])
+            image = np.asarray(Image.open(path))
+            wide = (image.shape[1] - 2) // min(4, p.uses.prompts)  # pictures are two pixels apart
+            left = wide * (k // across)
+            ax.imshow(image[:, left:left + wide + 2])
             ax.set_title(name, fontsize=7)
             ax.axis("off")
         row[0].text(-0.15, 0.5, backbone, transform=row[0].transAxes, rotation=90, va="center", fontsize=9)

@@ -15,6 +15,7 @@ class Mini:
     """The procedural world. `keys` of its quality: the scene as the prompt says; colours and count alone."""
 
     keys = ("scene", "colour_count")
+    batch = 128  # images drawn at a time
 
     def __init__(self, p: Params):
         self.p = p
@@ -38,7 +39,7 @@ class Coco:
     def __init__(self, p: Params):
         from .world import coco, experts
 
-        self.experts, self.judges = experts, p.coco.judges
+        self.experts, self.judges, self.batch = experts, p.coco.judges, p.evaluation.batch
         self.data = coco.Coco(paths.DATA / "coco", p.coco.prompts, p.coco.column)
 
     def prompts(self, n: int, seed: int, split: str = "train") -> list[str]:

@@ -161,16 +161,19 @@ def renders():
 
 def test_scores_have_the_ceiling_the_floor_and_what_is_between(renders):
     wanted, boxes, images = renders
-    own, other, half = (layout.score(x, wanted, boxes) for x in images)
+    own, other, half = (layout.score(layout.seen(x), wanted, boxes) for x in images)
     assert min(own["iou"]) > 0.8 and max(own["centre"]) < 1.5 and len(own["iou"]) == 64
     assert np.mean(other["iou"]) < 0.2 and np.mean(other["centre"]) > 10
     assert half["iou"] == [(own, other)[i % 2]["iou"][i] for i in range(64)]
-    empty = layout.score(torch.full((1, 3, 64, 64), 0.55), wanted[:1], boxes[:1])
+    empty = layout.score(layout.seen(torch.full((1, 3, 64, 64), 0.55)), wanted[:1], boxes[:1])
     assert empty == {"iou": [0], "centre": [layout.FAR]} and max(other["centre"]) <= layout.FAR
     # The right boxes of wrong objects are worth nothing.
-    wrong = layout.score(images[0], [[(s, "red" if c != "red" else "blue") for s, c in w] for w in wanted], boxes)
+    others = [[(s, "red" if c != "red" else "blue") for s, c in w] for w in wanted]
+    wrong = layout.score(layout.seen(images[0]), others, boxes)
     assert np.mean(wrong["iou"]) < 0.2
-    a, b, c = (layout.average_precision(x, wanted, boxes, 0) for x in images)
+    sure = layout.score([[(n, box, v / 2) for n, box, v in x] for x in layout.seen(images[0])], wanted, boxes, 0.6)
+    assert max(sure["iou"]) == 0  # nothing is there for sure
+    a, b, c = (layout.average_precision(layout.seen(x), wanted, boxes, 0) for x in images)
     assert a["ap50"] > 0.99 and a["ap"] > 0.6 and b["ap50"] < 0.2 and b["ap50"] + 0.1 < c["ap50"] < a["ap50"] - 0.1
 
 
@@ -186,7 +189,7 @@ def test_average_precision_is_torchmetrics(renders):
             "scores": torch.tensor([f.score for f in found]),
             "labels": torch.tensor([names.index((f.shape, f.colour)) for f in found], dtype=torch.long),
         }], [{"boxes": torch.tensor(own).float(), "labels": torch.tensor([names.index(n) for n in names_here])}])
-    theirs, ours = metric.compute(), layout.average_precision(noisy, wanted, boxes, 0)
+    theirs, ours = metric.compute(), layout.average_precision(layout.seen(noisy), wanted, boxes, 0)
     assert 0.05 < ours["ap"] < 0.95 and ours["ap_draws"] == []
     assert ours["ap"] == pytest.approx(theirs["map"].item(), abs=1e-6)
     assert ours["ap50"] == pytest.approx(theirs["map_50"].item(), abs=1e-6)
@@ -194,13 +197,18 @@ def test_average_precision_is_torchmetrics(renders):
 
 def test_draws_are_paired(renders):
     wanted, boxes, images = renders
-    half, again, own = (layout.average_precision(images[k], wanted, boxes, 20, 1) for k in (2, 2, 0))
+    seen = layout.seen(images[2])
+
+    def draws(found, seed=1):
+        return layout.average_precision(found, wanted, boxes, 20, seed=seed)
+
+    half, again, own = draws(seen), draws(seen), draws(layout.seen(images[0]))
     assert half == again and len(half["ap_draws"]) == len(half["ap50_draws"]) == 20
-    assert np.std(half["ap_draws"]) > 0.005 and half != layout.average_precision(images[2], wanted, boxes, 20, 2)
+    assert np.std(half["ap_draws"]) > 0.005 and half != draws(seen, 2)
     assert min(half["ap_draws"]) < half["ap"] < max(half["ap_draws"])
     assert min(np.subtract(own["ap_draws"], half["ap_draws"])) > 0
     # One draw by hand: its prompts, one by one.
     order = np.random.default_rng(1).integers(0, 64, (20, 64))[0]
-    by_hand = layout.average_precision(images[2][order], [wanted[i] for i in order], [boxes[i] for i in order], 0)
+    by_hand = layout.average_precision(*([x[i] for i in order] for x in (seen, wanted, boxes)), 0)
     assert by_hand["ap"] == pytest.approx(half["ap_draws"][0])
     assert by_hand["ap50"] == pytest.approx(half["ap50_draws"][0])

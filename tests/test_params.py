@@ -26,8 +26,8 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("grid.paradigms", ["lcm"], "grid.paradigms: 'lcm' is not in the paradigms section"),
         ("grid.variants", ["both"], "grid.variants.0='both'"),
         ("further.controls.variants", ["gad"], "further.controls.variants: 'gad' is not in the controls section"),
-        ("further.paradigms.paradigms", ["lcm"], "further.paradigms.paradigms: 'lcm' is not in the paradigms section"),
-        ("further.paradigms.paradigms", ["tdm"], "further: pixart-tdm-base-0 is a student twice"),
+        ("further.baselines.paradigms", ["lcm"], "further.baselines.paradigms: 'lcm' is not in the paradigms section"),
+        ("further.baselines.paradigms", ["tdm"], "further: sd2-tdm-base-0 is a student twice"),
         ("controls.map.longer", 0, "controls.map.longer=0: input should be greater than 0"),
         ("backbones.sana.teacher_steps", 30, "backbones.sana.teacher_steps=30 must divide 1000"),
         ("backbones.sana.teacher_steps", 25, "backbones.sana.teacher_steps=25 must be even"),
@@ -120,8 +120,8 @@ def test_a_backbones_pretraining_lies_over_the_general_one(tmp_path):
 
 def test_blocks_beside_the_grid_make_runs_with_terms_and_steps_of_their_own():
     p = params.load(**{
-        "further.baselines.paradigms": [],
-        "further.paradigms": {"backbones": ["sd2"], "paradigms": ["dmd"], "variants": ["base"]},
+        "further.baselines": {"backbones": ["sd2"], "paradigms": ["dmd"], "variants": ["base"]},
+        "further.maps.paradigms": [],
         "further.controls": {"backbones": ["sana"], "paradigms": ["tdm"], "variants": ["rkd", "longer"]},
         "paradigms.dmd": DATA["paradigms"]["dmd"] | {"steps": 60},
     })

@@ -92,7 +92,7 @@ def test_stage_ids_are_the_runs():
     names = {s.addressing for s in Repo(ROOT).index.stages}
     p = params.load()
     runs = {str(r) for r in p.runs()}
-    for stage in ("distill", "evaluate"):  # and distill-paradigms@…, distill-controls@…
+    for stage in ("distill", "evaluate"):  # and distill-controls@…, distill-maps@…
         assert {n.partition("@")[2] for n in names if n.startswith(stage)} == runs
         for block, what in p.further:
             own = {str(r) for r in what.runs(p.seeds.distill)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from gad import params
+from gad import benches, params
 from gad.evaluation import diversity, noise_query
 from gad.params import ParamsError
 from gad.stages import uses as stage
@@ -114,8 +114,13 @@ def test_shift_and_rank_correlation_between_floor_and_ceiling():
 
 
 def test_no_prompt_is_on_both_sides():
-    world = stage._world(params.load())
-    assert len(set(world.captions())) == len(world) == params.load().uses.prompts
+    bench = benches.Mini("sana", params.load(), "cpu")
+    assert len(set(bench.prompts)) == len(bench.world) == params.load().uses.prompts
+
+
+def test_boxes_are_shuffled_among_prompts_of_as_many():
+    boxes = [np.full((n, 4), float(i)) for i, n in enumerate((2, 1, 2, 1, 2))]
+    assert [b[0, 0] for b in stage._others(boxes)] == [2, 3, 4, 1, 0]
 
 
 @pytest.mark.parametrize("key, value", [("uses.train", 64), ("uses.query", 65), ("uses.scale", 0.0)])
@@ -143,7 +148,7 @@ def result(vendi=3.0, shift=1.0, ap=0.5):
 
 
 SMALL = {
-    "grid.backbones": ["sana"], **{f"further.{b}.backbones": ["sana"] for b in ("baselines", "paradigms", "controls")},
+    "grid.backbones": ["sana"], **{f"further.{b}.backbones": ["sana"] for b in ("baselines", "controls", "maps")},
     "report.bootstrap": 50,
 }
 

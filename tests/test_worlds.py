@@ -10,13 +10,15 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import build
-from test_experts import openclip, pickscore
+from test_experts import dinov2, openclip, pickscore, rt_detr
 
 from gad import params
 from gad.graph import ALONE, sandbox
 from gad.params import ROOT, ParamsError
 from gad.world import coco, scenes
 from gad.worlds import Mini, world_of
+
+JUDGES = {"openclip": openclip, "pickscore": pickscore, "dinov2": dinov2, "rt-detr": rt_detr}
 
 SMOKE = yaml.safe_load((ROOT / "tests/smoke.yaml").read_text())
 
@@ -33,7 +35,7 @@ def test_the_miniature_world_judges_its_own_scenes_right():
 
 def photographs(folder):
     """A few dozen captions and boxes in COCO's format."""
-    rng, nouns = random.Random(0), ("dog", "cat", "bus", "chair")
+    rng, nouns = random.Random(0), ("fox", "couch", "tv")
     images = [{"id": i, "width": 64, "height": 64} for i in range(60)]
     captions, boxes = [], []
     for i in range(60):
@@ -55,7 +57,7 @@ def given(folder):
         "grid": {"backbones": ["sd2"], "paradigms": ["tdm"], "variants": ["base", "gad"]},
         "further": ALONE,
         "backbones": {"sd2": backbone},
-        "coco": {"archives": [], "judges": {kind: {"path": str(folder / kind)} for kind in ("openclip", "pickscore")}},
+        "coco": {"archives": [], "judges": {kind: {"path": str(folder / kind)} for kind in JUDGES}},
     }
 
 
@@ -79,7 +81,7 @@ print(json.dumps(told))
 
 @pytest.mark.slow
 def test_a_given_pipeline_goes_all_the_way_on_photographs(tmp_path):
-    for kind, make in (("openclip", openclip), ("pickscore", pickscore)):
+    for kind, make in JUDGES.items():
         (tmp_path / kind).mkdir()
         make(tmp_path / kind)
     build("sd2").pipeline.save_pretrained(tmp_path / "pipeline")
@@ -114,7 +116,7 @@ def test_a_photographic_backbone_that_lacks_something_is_named(change, said, tmp
         params.validate(data)
     data["backbones"]["sd2"] |= {"world": "coco", "path": "somewhere"}
     data["coco"]["judges"] = {}
-    with pytest.raises(ParamsError, match=r"coco\.judges=\[\]: backbones\.sd2 needs openclip and pickscore"):
+    with pytest.raises(ParamsError, match=r"coco\.judges=\[\]: backbones\.sd2 needs openclip too"):
         params.validate(data)
 
 

@@ -67,6 +67,7 @@ class Backbone:
         self._null = None
 
     default_steps = 25
+    instruction, skipped = "", 0  # text before each prompt, and how many of its tokens' embeddings are left out
 
     @property
     def network(self) -> nn.Module:

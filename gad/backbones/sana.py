@@ -1,5 +1,9 @@
 """SANA: a linear-attention transformer that predicts a flow, over a deep-compression autoencoder and Gemma-2."""
 
+import inspect
+from functools import cached_property
+
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
@@ -22,17 +26,40 @@ class Sana(Backbone):
             config.num_train_timesteps, shift=shift, shift_terminal=last if steps > 1 else None
         )
 
+    @cached_property
+    def instruction(self) -> str:
+        """What the pipeline says to Gemma before a prompt; nothing where its text encoder has no room for it, as a
+        miniature's."""
+        lines = inspect.signature(self.pipeline_class.__call__).parameters["complex_human_instruction"].default
+        text, room = "\n".join(lines), self.pipeline.text_encoder.config.max_position_embeddings
+        return text if len(self.pipeline.tokenizer.encode(text)) + self.max_tokens <= room else ""
+
+    @cached_property
+    def skipped(self):
+        return len(self.pipeline.tokenizer.encode(self.instruction)) - 2 if self.instruction else 0
+
     def encode_text(self, prompts):
+        prompts, parts, order = [p.lower().strip() for p in prompts], [], []
+        for said in (False, True):  # the empty prompt has no instruction
+            if own := [i for i, p in enumerate(prompts) if bool(p) == said]:
+                parts.append(self._encode([self.instruction * said + prompts[i] for i in own], self.skipped * said))
+                order += own
+        if len(parts) == 1:
+            return parts[0]
+        places = torch.tensor(order, device=self.device).argsort()
+        embeds, mask = (torch.cat(x)[places] for x in zip(*parts, strict=True))
+        return embeds, mask
+
+    def _encode(self, texts, skipped):
+        """As the pipeline: of what it reads, the first token's embedding and those after the instruction."""
         self.pipeline.tokenizer.padding_side = "right"
+        length = min(self.max_tokens, self.pipeline.tokenizer.model_max_length)
         tokens = self.pipeline.tokenizer(
-            [p.lower().strip() for p in prompts],
-            padding="max_length",
-            max_length=min(self.max_tokens, self.pipeline.tokenizer.model_max_length),
-            truncation=True,
-            return_tensors="pt",
+            texts, padding="max_length", max_length=length + skipped, truncation=True, return_tensors="pt"
         ).to(self.device)
         embeds = self.pipeline.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        return embeds, tokens.attention_mask
+        kept = [0, *range(skipped + 1, skipped + length)]
+        return embeds[:, kept], tokens.attention_mask[:, kept]
 
     def raw(self, network, x_t, timestep, cond: Condition):
         dtype = network.dtype

@@ -3,7 +3,8 @@
 Chen, Laina & Vedaldi (2024), "Training-free layout control with cross-attention guidance": a state moves against the
 gradient of how much of its words' attention falls outside their boxes. Ours: every move has the same size (theirs is
 the gradient times σ_t² and a constant); attention is added up over heads and an object's words before its share is
-taken; every model has as many moves at the same noise. Boxes are (k, 4) arrays x0, y0, x1, y1 in pixels of 64 × 64.
+taken; every model has as many moves at the same noise. Boxes are (k, 4) arrays x0, y0, x1, y1 in pixels of 64 × 64,
+onto which images of another size are scaled.
 """
 
 import io
@@ -32,11 +33,12 @@ def phrase_tokens(backbone: Backbone, caption: str, phrases: list[str]) -> list[
     caption's k-th. ValueError where the caption, as far as the encoder reads it, has no such words."""
     tokenizer, (text, *wanted) = backbone.pipeline.tokenizer, [p.lower().strip() for p in (caption, *phrases)]
     most = min(backbone.max_tokens or tokenizer.model_max_length, tokenizer.model_max_length)
+    lead, skipped, text = len(backbone.instruction), backbone.skipped, backbone.instruction + text
     # Without padding: encode_text pads on the right.
-    full = tokenizer(text, truncation=True, max_length=most, return_offsets_mapping=tokenizer.is_fast)
+    full = tokenizer(text, truncation=True, max_length=most + skipped, return_offsets_mapping=tokenizer.is_fast)
     found = []
     for i, phrase in enumerate(wanted):
-        spans = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(phrase)}(?!\w)", text)]
+        spans = [m.span() for m in re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)").finditer(text, lead)]
         places, k = [], wanted[:i].count(phrase)
         if phrase and k < len(spans):
             if tokenizer.is_fast:
@@ -44,6 +46,7 @@ def phrase_tokens(backbone: Backbone, caption: str, phrases: list[str]) -> list[
                 places = [j for j, (a, b) in enumerate(full["offset_mapping"]) if max(a, start) < min(b, end)]
             else:
                 places = list(range(*(_shared(tokenizer, text[:n].rstrip(), full["input_ids"]) for n in spans[k])))
+            places = [j - skipped for j in places]
         if not places:
             raise ValueError(f"the first {most} tokens of {caption!r} have no phrase {phrases[i]!r}")
         found.append(places)
@@ -119,18 +122,26 @@ def guided(
     return x
 
 
-def score(images: Tensor, wanted: list[list[tuple[str, str]]], boxes: list[np.ndarray]) -> dict[str, list[float]]:
-    """How images (N, 3, 64, 64) in [0, 1] keep to the boxes of their prompts' `(shape, colour)` objects, N of each:
-    `iou` in [0, 1] of a box and the best detection of its class, and the `centre` distance of the two in pixels, at
-    most FAR, means over objects. An absent object has 0 and FAR."""
+Seen = list[tuple[object, tuple[float, float, float, float], float]]  # in one image: (name, box, score in [0, 1])
+
+
+def seen(images: Tensor) -> list[Seen]:
+    """What the miniature world's detector sees in images (N, 3, 64, 64) in [0, 1]; names are `(shape, colour)`."""
+    return [[((f.shape, f.colour), f.box, f.score) for f in detect(image)[0]] for image in images]
+
+
+def score(found: list[Seen], wanted: list[list], boxes: list[np.ndarray], sure: float = 0.0) -> dict[str, list[float]]:
+    """How what was `found` in N images keeps to the boxes of their prompts' objects, `wanted` by name: `iou` in [0, 1]
+    of a box and the best detection of its name with a score of `sure`, and the `centre` distance of the two in pixels,
+    at most FAR, means over objects. An absent object has 0 and FAR."""
     out: dict[str, list[float]] = {"iou": [], "centre": []}
-    for image, names, own in zip(images, wanted, boxes, strict=True):
-        best, found = [], detect(image)[0]
+    for there, names, own in zip(found, wanted, boxes, strict=True):
+        best = []
         for name, box in zip(names, own, strict=True):
             pairs = [
-                (float(box_iou(torch.tensor([f.box]), torch.tensor(box[None]))),
-                 -min(np.linalg.norm(np.subtract(f.centre, (box[:2] + box[2:]) / 2)), FAR))
-                for f in found if (f.shape, f.colour) == name
+                (float(box_iou(torch.tensor([its]), torch.tensor(box[None]))),
+                 -min(np.linalg.norm(np.add(its[:2], its[2:]) / 2 - (box[:2] + box[2:]) / 2), FAR))
+                for what, its, value in there if what == name and value >= sure
             ]
             best.append(max(pairs, default=(0, -FAR)))
         for key, value in zip(out, np.mean(best, axis=0) * (1, -1), strict=True):
@@ -139,16 +150,16 @@ def score(images: Tensor, wanted: list[list[tuple[str, str]]], boxes: list[np.nd
 
 
 def average_precision(
-    images: Tensor, wanted: list[list[tuple[str, str]]], boxes: list[np.ndarray], draws: int, seed: int = 0
+    found: list[Seen], wanted: list[list], boxes: list[np.ndarray], draws: int, classes: list = CLASSES, seed: int = 0
 ) -> dict[str, float | list[float]]:
-    """COCO's `ap` (mean over IoU .5:.95) and `ap50`, in [0, 1], of all detections of a known shape by their scores;
-    classes are shape and colour. `ap_draws` and `ap50_draws`: of `draws` resamplings of the prompts, which follow
+    """COCO's `ap` (mean over IoU .5:.95) and `ap50`, in [0, 1], of all that was `found` in N images and is of
+    `classes`, by its scores. `ap_draws` and `ap50_draws`: of `draws` resamplings of the prompts, which follow
     from N and `seed` alone, so that two models' are paired."""
     n, values = len(wanted), []
     truth = [(i, w, b, 1.0) for i in range(n) for w, b in zip(wanted[i], boxes[i], strict=True)]
-    found = [(i, (f.shape, f.colour), f.box, f.score) for i in range(n) for f in detect(images[i])[0]]
+    seen = [(i, *each) for i in range(n) for each in found[i]]
     with redirect_stdout(io.StringIO()):  # pycocotools prints
-        coco = COCOeval(_coco(truth, n), _coco(found, n), "bbox")
+        coco = COCOeval(_coco(truth, n, classes), _coco(seen, n, classes), "bbox")
         coco.params.areaRng, coco.params.areaRngLbl, coco.params.maxDets = [[0, 1e10]], ["all"], [100]
         coco.evaluate()  # each image once: a draw only gathers them
         table = [coco.evalImgs[k: k + n] for k in range(0, len(coco.evalImgs), n)]
@@ -161,14 +172,14 @@ def average_precision(
     return {"ap": ap, "ap50": ap50, "ap_draws": [v[0] for v in rest], "ap50_draws": [v[1] for v in rest]}
 
 
-def _coco(objects: list[tuple], n: int) -> COCO:
-    """A data set of `n` images from (image, (shape, colour), box, score)."""
+def _coco(objects: list[tuple], n: int, classes: list) -> COCO:
+    """A data set of `n` images from (image, name, box, score)."""
     data = COCO()
-    data.dataset = {"images": [{"id": i} for i in range(n)], "categories": [{"id": k} for k in range(len(CLASSES))]}
+    data.dataset = {"images": [{"id": i} for i in range(n)], "categories": [{"id": k} for k in range(len(classes))]}
     data.dataset["annotations"] = [
-        {"id": k, "image_id": i, "category_id": CLASSES.index(name), "iscrowd": 0, "score": value,
+        {"id": k, "image_id": i, "category_id": classes.index(name), "iscrowd": 0, "score": value,
          "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
-        for k, (i, name, (x0, y0, x1, y1), value) in enumerate(objects, start=1) if name in CLASSES
+        for k, (i, name, (x0, y0, x1, y1), value) in enumerate(objects, start=1) if name in classes
     ]
     data.createIndex()
     return data

@@ -1,5 +1,5 @@
 """Table 6: noises chosen by what the teacher makes of them without a prompt, handed to other models with one
-(NoiseQuery). Attributes are those the miniature world has."""
+(NoiseQuery)."""
 
 import numpy as np
 from matplotlib.colors import rgb_to_hsv
@@ -11,19 +11,27 @@ from ..world.scenes import BACKGROUNDS, COLOURS
 _PALETTE = np.array([*COLOURS.values(), *BACKGROUNDS.values()], dtype=np.float32)
 
 
+def colours(images: Tensor) -> dict[str, np.ndarray]:
+    """Of any images (n, 3, H, W) in [0, 1], (n,) each: `brightness` and `saturation` in [0, 1], `warmth` (red less
+    blue) in [−1, 1]."""
+    x = images.float().cpu().numpy()
+    return {
+        "brightness": x.mean((1, 2, 3)),
+        "saturation": rgb_to_hsv(x.transpose(0, 2, 3, 1))[..., 1].mean((1, 2)),
+        "warmth": (x[:, 0] - x[:, 2]).mean((1, 2)),
+    }
+
+
 def attributes(images: Tensor) -> dict[str, np.ndarray]:
-    """Of images (n, 3, H, W) in [0, 1], (n,) each: `brightness` and `saturation` in [0, 1], `warmth` (red less blue) in
-    [−1, 1], `area` of objects as a share of the image, and the x and y of their mass's `centroid`, in [0, 1], NaN
-    without objects."""
+    """Of the miniature world's images (n, 3, H, W) in [0, 1], (n,) each: their `colours`, the `area` of objects as a
+    share of the image, and the x and y of their mass's `centroid`, in [0, 1], NaN without objects."""
     x = images.float().cpu().numpy()
     thing = ((x[:, None] - _PALETTE[None, :, :, None, None]) ** 2).sum(2).argmin(1) < len(COLOURS)  # (n, H, W)
     mass = thing.sum((1, 2)).astype(float)
     mass[mass == 0] = np.nan
     height, width = thing.shape[1:]
     return {
-        "brightness": x.mean((1, 2, 3)),
-        "saturation": rgb_to_hsv(x.transpose(0, 2, 3, 1))[..., 1].mean((1, 2)),
-        "warmth": (x[:, 0] - x[:, 2]).mean((1, 2)),
+        **colours(images),
         "area": thing.mean((1, 2)),
         "centroid x": (thing * (np.arange(width) + 0.5)).sum((1, 2)) / mass / width,
         "centroid y": (thing * (np.arange(height) + 0.5)[:, None]).sum((1, 2)) / mass / height,

@@ -30,6 +30,11 @@ def fit(result: dict) -> list[float]:
     return quality["scene"] if "scene" in quality else quality["pickscore"]
 
 
+def worlds(p: Params) -> set[str]:
+    """What the grid's backbones draw."""
+    return {p.backbones[b].world for b in p.grid.backbones}
+
+
 def label(run: Run) -> str:
     name = {"sid": "SiD", "swiftbrush": "SwiftBrush"}.get(run.paradigm, run.paradigm.upper())
     return name + VARIANTS.get(run.variant, f" + {run.variant}")

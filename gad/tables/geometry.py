@@ -6,7 +6,7 @@ import pandas as pd
 from .. import paths
 from ..evaluation.geometry import bootstrap, spectral_kl
 from ..params import Params, Run
-from .common import HYBRID, label, models, pivot, prompts_of, read, records, save
+from .common import HYBRID, label, models, pivot, prompts_of, read, records, save, worlds
 
 PAPER = pd.DataFrame(  # Table 1 of the paper, PixArt-α at full size
     [
@@ -141,9 +141,10 @@ def write(p: Params) -> pd.DataFrame:
     long = table1(p)
     geometry = ["cos", "ratio", "spectral_kl", "mse", "relative", "value"]
     levels = sorted({m for m in long["map"] if m.startswith("local")}, reverse=True)
+    what = "Miniature teachers and students; exact" if worlds(p) == {"mini"} else "Exact"
     text = [
         "# Table 1, geometry",
-        f"Miniature teachers and students; exact JVPs in fp32, {p.evaluation.prompts} test prompts, "
+        f"{what} JVPs in fp32, {p.evaluation.prompts} test prompts, "
         f"{p.evaluation.noises} noise(s) each; 95 % bootstrap intervals over prompts; distillation seeds "
         f"{', '.join(map(str, p.seeds.distill))}. Cosines are means, norm ratios geometric means, "
         "errors medians over noises: a few noises lie where the map is all but discontinuous. "

@@ -8,7 +8,7 @@ import pandas as pd
 from .. import paths
 from ..evaluation.geometry import bootstrap
 from ..params import Params, Run
-from .common import HYBRID, grouped, label, pivot, read, records, save
+from .common import HYBRID, grouped, label, pivot, read, records, save, worlds
 
 KINDS = {"linear": "linear", "cnn": "CNN"}
 TRACKED = {  # in reports/metrics.json, for `dvc metrics diff`
@@ -29,18 +29,26 @@ def _table2(r: dict) -> dict:
     return named | {f"of {n} prompts": found["top1"] for n, found in r["seeds"]["prompts"].items()}
 
 
+QUALITY = {"clip": "CLIP", "pickscore": "PickScore", "scene": "scene accuracy", "colour_count": "colours and count"}
+DIVERSITY = {"vendi": "Vendi", "layout_vendi": "layout Vendi", "coverage": "coverage"}
+LAYOUT = {"iou": "IoU", "centre": "centre, px", "clip": "CLIP", "pickscore": "PickScore", "scene": "scene accuracy"}
+
+
+def _named(found: dict, names: dict) -> dict:
+    """What of `names` was measured: not all of it is, of either world."""
+    return {name: found[key] for key, name in names.items() if key in found}
+
+
 def _table3(r: dict) -> dict:
-    q, d = r["quality"], r["distance"]
-    return {"CLIP": q["clip"], "scene accuracy": q["scene"], "colours and count": q["colour_count"],
-            "FID": (d["fid"], d["fid_draws"])}
+    d = r["distance"]
+    return _named(r["quality"], QUALITY) | ({"FID": (d["fid"], d["fid_draws"])} if d else {})
 
 
 def _table5(r: dict) -> dict:
     out = {}
     for how, found in r["layout"].items():
         out |= {f"{how}, {k.upper()}": (found[k], found[f"{k}_draws"]) for k in ("ap", "ap50")}
-        out |= {f"{how}, {k}": found[key] for k, key in (
-            ("IoU", "iou"), ("centre, px", "centre"), ("CLIP", "clip"), ("scene accuracy", "scene"))}
+        out |= {f"{how}, {name}": x for name, x in _named(found, LAYOUT).items()}
     return out
 
 
@@ -53,9 +61,7 @@ def _table6(r: dict) -> dict:
 
 
 def _figure5(r: dict) -> dict:
-    d = r["diversity"]
-    return {"Vendi": d["vendi"], "layout Vendi": d["layout_vendi"], "coverage": d["coverage"],
-            "CLIP": r["quality"]["clip"]}
+    return _named(r["diversity"], DIVERSITY) | {"CLIP": r["quality"]["clip"]}
 
 
 TABLES: dict[str, tuple[str, Callable[[dict], dict]]] = {  # with the part of a result that each is of: not all have all
@@ -90,11 +96,12 @@ def less(a, b):
 
 
 def models(p: Params, backbone: str) -> dict[str, dict]:
-    """Results by a model's name: the world's own images, the teacher, each student, and a base student's with the
-    hybrid sampler. Students with something else in GAD's place have no such results."""
+    """Results by a model's name: the world's own images, where there are any, the teacher, each student, and a base
+    student's with the hybrid sampler. Students with something else in GAD's place have no such results."""
     teacher = read(paths.references(backbone) / "teacher.json")
-    out = {"the world": teacher.get("world", {}), "teacher": teacher}
-    beside = p.further.controls.runs(p.seeds.distill)
+    out = {"the world": teacher["world"]} if "world" in teacher else {}
+    out["teacher"] = teacher
+    beside = [run for block in p.further.controlled for run in block.runs(p.seeds.distill)]
     runs = [run for run in p.runs() if run not in beside]
     for (paradigm, variant), results in grouped(runs, backbone, paths.use).items():
         name = label(Run(backbone, paradigm, variant, 0))
@@ -116,8 +123,8 @@ def long(p: Params) -> dict[str, pd.DataFrame]:
             def add(model, metrics, backbone=backbone, table=table):
                 rows[table] += records(metrics, backbone=backbone, model=model)
 
-            if table == "table3" and shown:
-                del shown["the world"]["FID"]  # from itself
+            if table == "table3":
+                shown.get("the world", {}).pop("FID", None)  # from itself
             for name, metrics in shown.items():
                 add(name, {k: interval(x, n) for k, x in metrics.items()})
             for name, metrics in shown.items():
@@ -195,13 +202,18 @@ def _difference(name):
 def write(p: Params) -> dict[str, pd.DataFrame]:
     """reports/tables/table2, table3, table5, table6 and figure5, .csv and .md; returns the long forms."""
     u, found = p.uses, long(p)
-    note = "Miniature models; 95 % bootstrap intervals over prompts; the same noises and prompts for all."
+    note, there = "95 % bootstrap intervals over prompts; the same noises and prompts for all.", worlds(p)
+    if there == {"mini"}:
+        note = f"Miniature models; {note}"
+
+    def on(world, text):
+        return f" {text}" if world in there else ""
+
     seeds = f"{u.seeds} seeds under {u.prompts} prompts"
     numbers = [f"of {n} prompts" for n in (u.train // 4, u.train // 2, u.train) if n]
     named = [f"{side}, {kind}, top-{k}" for side in ("self", "teacher") for kind in KINDS.values() for k in (1, 5)]
-    quality = ["CLIP", "scene accuracy", "colours and count", "FID"]
-    diversity = ["Vendi", "layout Vendi", "coverage", "CLIP"]
-    layout = [f"guided, {k}" for k in ("AP", "AP50", "IoU", "centre, px", "CLIP", "scene accuracy")]
+    quality, diversity = [*QUALITY.values(), "FID"], [*DIVERSITY.values(), "CLIP"]
+    layout = [f"guided, {k}" for k in ("AP", "AP50", *LAYOUT.values())]
     floors = [f"{how}, {k}" for how in ("free", "shuffled") for k in ("AP", "AP50", "IoU", "centre, px")]
     sweep = [f"{how}, {k}" for how in ("free", *map(str, sorted(u.sweep)), "guided") for k in ("AP50", "CLIP")]
     shifts, rhos = ([m for m in dict.fromkeys(found["table6"]["metric"]) if m.startswith(s)] for s in ("shift", "ρ"))
@@ -215,17 +227,27 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             *_section(found["table2"], named, "Differences, paired", _difference, "+.3g"),
             *_section(found["table2"], numbers, "Self, linear, top-1, by how many prompts are learnt from", _own)],
         "table3": ["# Table 3, quality", (
-            f"{note} {seeds}. CLIP: cosine by the world's own OpenCLIP model (data/judge/metrics.json says what it can "
-            "tell apart); scene accuracy, by the detector, stands where the paper has PickScore; FID on that model's "
-            "features, against the world's own layouts of the same prompts; few images make it large, and resampled "
-            "prompts, which repeat, larger: its intervals lean upward, and only differences are to be read."),
+            f"{note} {seeds}."
+            + on("mini", (
+                "CLIP: cosine by the world's own OpenCLIP model (data/judge/metrics.json says what it can tell apart); "
+                "scene accuracy, by the detector, stands where the paper has PickScore; FID on that model's features, "
+                "against the world's own layouts of the same prompts; few images make it large, and resampled prompts, "
+                "which repeat, larger: its intervals lean upward, and only differences are to be read."))
+            + on("coco", (
+                "Photographs: CLIP is OpenCLIP's cosine, of which the paper prints 100 times as much, and PickScore on "
+                "its authors' scale; no photograph is fetched, so there is no FID."))),
             *_section(found["table3"], quality, "Quality", _own),
             *_section(found["table3"], quality, "Differences, paired", _difference, "+.3g")],
         "table5": ["# Table 5, layout control without training", (
-            f"{note} {u.layouts} prompts of two objects and a box for each, of which the prompt says nothing. "
+            f"{note} {u.layouts} prompts of objects and a box for each, of which the prompt says nothing. "
             f"Attention guidance at the student's first two times, {u.evals} gradients at each for every model, each "
-            f"moving the state by an RMS of {u.scale:g}. AP against the boxes by pycocotools, detections by the "
-            "analytic detector; free: no guidance; shuffled: guided into another prompt's boxes."),
+            f"moving the state by an RMS of {u.scale:g}. AP against the boxes by pycocotools; free: no guidance; "
+            "shuffled: guided into another prompt's boxes."
+            + on("mini", "Two objects a prompt; detections by the analytic detector.")
+            + on("coco", (
+                "Photographs: captions of COCO that name things with one box each, and a detector that looks for these "
+                "and no others; but for AP, which ranks all it finds, a thing is there from a score of 0.3. Pixels are "
+                "those of an image scaled to 64."))),
             *_section(found["table5"], layout, "Guided", _own), *_section(found["table5"], floors, "Floors", _own),
             *_section(found["table5"], layout, "Differences, paired", _difference, "+.3g"),
             *_section(found["table5"], sweep, "Over the size of a move", _own)],
@@ -233,7 +255,8 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             f"{note} The teacher draws {u.library} noises unprompted; of each attribute the {u.picks} highest and the "
             f"{u.picks} lowest noises are drawn under {u.query} prompts. Shift: their difference, in units of the "
             f"attribute's spread over noises; ρ: rank correlation over {u.seeds} seeds under {u.prompts} prompts; "
-            "last: CLIP at the noise whose unprompted image is nearest to the prompt, less CLIP at the seeds."),
+            "last: CLIP at the noise whose unprompted image is nearest to the prompt, less CLIP at the seeds."
+            + on("coco", "Photographs: attributes of colour alone.")),
             *_section(found["table6"], ["mean shift", *shifts], "Shift", _own),
             *_section(found["table6"], ["mean shift", *shifts], "What is left of the teacher's",
                       lambda m: m.endswith("/ teacher")),
@@ -241,8 +264,11 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             *_section(found["table6"], ["mean shift", "mean ρ", "CLIP, nearest less usual"], "Differences, paired",
                       _difference, "+.3g")],
         "figure5": ["# Figure 5, diversity and fidelity", (
-            f"{note} {seeds}. Vendi: of a prompt's images by the judge's features, at most {u.seeds}; layout Vendi: of "
-            "its objects' places; coverage: share of the world's own layouts that the model comes near to."),
+            f"{note} {seeds}. Vendi: of a prompt's images by the judge's features, at most {u.seeds}."
+            + on("mini", (
+                "Layout Vendi: of its objects' places; coverage: share of the world's own layouts that the model comes "
+                "near to."))
+            + on("coco", "Photographs: features are DINOv2's.")),
             *_section(found["figure5"], diversity, "Diversity", _own),
             *_section(found["figure5"], [*diversity, "distance from the teacher's Vendi"], "Differences, paired",
                       _difference, "+.3g")],

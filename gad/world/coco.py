@@ -450,6 +450,11 @@ class Coco:
         """COCO's names of the objects of the same `layouts`: what a detector calls them."""
         return [[o["name"] for o in row["objects"]] for row in self._rows(n, seed)]
 
+    @property
+    def number_of_layouts(self) -> int:
+        with (self.folder / LAYOUTS).open(encoding="utf-8") as file:
+            return sum(1 for _ in file)
+
     def _rows(self, n, seed):
         with (self.folder / LAYOUTS).open(encoding="utf-8") as file:
             rows = _draw(map(json.loads, file), n, seed)

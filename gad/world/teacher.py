@@ -153,7 +153,7 @@ def quality(world, backbone, network, prompts: int, steps: int, cfg: float, seed
     """How well images fit, by the world's keys: of a seed's `prompts` test prompts with one noise each, the same for
     all models."""
     def draw(captions):
-        return generate(backbone, network, captions, steps, cfg, seed, first=first)
+        return generate(backbone, network, captions, steps, cfg, seed, world.batch, first)
 
     return world.quality(draw, prompts, seed, backbone.device)
 
