@@ -10,7 +10,11 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import build
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from test_experts import dinov2, openclip, pickscore, rt_detr
+from test_formats import sana as instructed_sana
 
 from gad import params
 from gad.graph import ALONE, sandbox
@@ -50,56 +54,67 @@ def photographs(folder):
 
 
 def given(folder):
-    """Parameters of a backbone that is there already, judged as photographs are."""
-    backbone = {**SMOKE["backbones"]["sd2"], "world": "coco", "path": str(folder / "pipeline")}
+    """Parameters of backbones that are there already, judged as photographs are; and a LoRA on the first."""
+    backbones = {
+        name: {**SMOKE["backbones"][name], "world": "coco", "path": str(folder / name), "pretrain": {}}
+        for name in PIPELINES
+    }
+    lora = {"backbone": "sd2", "paradigm": "lora", "lora": str(folder / "lora")}
     return {
-        **SMOKE, "published": {},
-        "grid": {"backbones": ["sd2"], "paradigms": ["tdm"], "variants": ["base", "gad"]},
+        **SMOKE, "published": {"sd2-lora-base-0": lora},
+        "grid": {"backbones": [*PIPELINES], "paradigms": ["tdm"], "variants": ["base", "gad"]},
         "further": ALONE,
-        "backbones": {"sd2": backbone},
+        "backbones": backbones,
         "coco": {"archives": [], "judges": {kind: {"path": str(folder / kind)} for kind in JUDGES}},
     }
 
 
-WAY = """
-import json
-from gad import claims, params, plots, stages, tables
-p = params.load()
-told = {"teacher": stages.teacher("sd2", p)}
-stages.diagnose("sd2", p)
-stages.references("sd2", p)
-for variant in ("base", "gad"):
-    run = params.Run("sd2", "tdm", variant, 0)
-    stages.distill(run, p)
-    told[variant] = stages.evaluate(run, p)
-    stages.use(run, p)
-claims.write(p, tables.write(p))
-plots.write(p)
-print(json.dumps(told))
-"""
+def v_prediction():
+    scheduler = DDIMScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear", beta_end=0.012)
+    return build("sd2", scheduler=scheduler)
+
+
+PIPELINES = {"sd2": v_prediction, "pixart": lambda: build("pixart"), "sana": instructed_sana}
 
 
 @pytest.mark.slow
-def test_a_given_pipeline_goes_all_the_way_on_photographs(tmp_path):
+@pytest.mark.pipeline
+def test_given_pipelines_go_all_the_way_on_photographs(tmp_path):
+    """The whole graph: v-prediction, a learned sigma and an instruction; every table, and a LoRA as a row of them."""
     for kind, make in JUDGES.items():
         (tmp_path / kind).mkdir()
         make(tmp_path / kind)
-    build("sd2").pipeline.save_pretrained(tmp_path / "pipeline")
+    for name, make in PIPELINES.items():
+        made = make()
+        made.pipeline.save_pretrained(tmp_path / name)
+        if name == "sd2":
+            made.network.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+            StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(made.network))
     place = sandbox(tmp_path / "copy", given(tmp_path))
     photographs(tmp_path / "annotations")
     coco.build(tmp_path / "annotations", place / "data/coco", 0, test=20, unseen=10, layouts=5)
-    environment = {**os.environ, "PYTHONPATH": str(place), "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
-    out = subprocess.run([sys.executable, "-c", WAY], cwd=place, env=environment, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    told = json.loads(out.stdout.splitlines()[-1])
-    assert set(told["teacher"]) == {"pickscore", "openclip"}
-    assert all(set(told[v]) == {"cos", "pickscore", "openclip"} for v in ("base", "gad"))
+    environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "gad.pipeline", "reproduce", "--jobs", "2"]
+    out = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
     source = json.loads((place / "data/teachers/sd2/source.json").read_text())
-    assert source["path"] == str(tmp_path / "pipeline") and source["parameters"] > 1e5
+    assert source["path"] == str(tmp_path / "sd2") and source["parameters"] > 1e5
     assert "photograph" in (place / "data/students/sd2-tdm-gad-0/README.md").read_text()
-    long = pd.read_csv(place / "reports/tables/table1.csv")
-    assert {"pickscore", "openclip", "cos"} <= set(long["metric"]) and "scene" not in set(long["metric"])
+    names = "table1", "table2", "table3", "table4", "table5", "table6", "figure5"
+    tables = {name: pd.read_csv(place / f"reports/tables/{name}.csv") for name in names}
+    for name, table in tables.items():
+        models = {"TDM", "TDM + GAD", "LORA"}
+        assert set(table["backbone"]) == set(PIPELINES) and models <= set(table["model"]), name
+        assert table["value"].notna().all(), name
+    metrics = {name: set(table["metric"]) for name, table in tables.items()}
+    assert {"pickscore", "openclip", "cos"} <= metrics["table1"] and "scene" not in metrics["table1"]
+    assert metrics["table3"] == {"CLIP", "PickScore"} and metrics["figure5"] >= {"Vendi", "CLIP"}
+    assert {"guided, AP50", "shuffled, AP", "guided, PickScore"} <= metrics["table5"]
+    assert {"shift, warmth", "mean shift"} <= metrics["table6"] and "shift, area" not in metrics["table6"]
+    text = (place / "reports/tables/table5.md").read_text()
+    assert "Photographs" in text and "analytic" not in text and "Miniature" not in text.split("The paper's")[0]
     assert "PickScore" in (place / "reports/tables/summary.md").read_text()
+    assert (place / "reports/index.html").exists()
 
 
 @pytest.mark.parametrize(
