@@ -13,7 +13,7 @@ from .paradigms.base import Batch, Draws
 from .paradigms.forms import gad_loss
 from .params import Params, Run
 from .tangents import Samples, Tangents
-from .training import identity_key, step_generator, train
+from .training import Role, identity_key, step_generator, train
 
 
 class Distillation:
@@ -51,7 +51,7 @@ def distill(
     run: Run,
     p: Params,
     backbone: Backbone,
-    prompts: list[str],
+    cond: Condition,
     teacher: Tangents,
     test: Tangents,
     samples: Samples | None,
@@ -62,7 +62,7 @@ def distill(
 ) -> tuple[pd.DataFrame, pd.DataFrame] | None:
     """Train student `run`, save its pipeline to `folder`; returns its training log and its probes, on the main process.
 
-    `prompts`: the pool of training prompts; `teacher`: what GAD's output forms learn from; `test`: those the
+    `cond`: the pool of training prompts; `teacher`: what GAD's output forms learn from; `test`: those the
     probes look at; `samples`: the teacher's, for a paradigm that is `paired`.
     """
     which, d, hardware = p.backbones[run.backbone], p.distill, p.hardware
@@ -75,8 +75,10 @@ def distill(
             )
     paradigm = PARADIGMS[run.paradigm](backbone, which.student_steps, which.cfg, p.paradigms[run.paradigm], d)
     gad, steps = p.term(run.variant), p.steps(run.paradigm, run.variant)
-    cond = backbone.encode(prompts)
     task = Distillation(paradigm, cond, teacher, gad, d.batch, run.seed, samples)
+    if d.optimiser == "adamw8bit":
+        for role in task.roles.values():
+            in_8bit(role)
     if hardware.checkpointing:
         for role in task.roles.values():
             if hasattr(role.module, "enable_gradient_checkpointing"):
@@ -93,7 +95,7 @@ def distill(
             average.copy_to(task.roles["student"].params)
             probes[step] = look(backbone, paradigm.student, test, which.student_steps)
             if accelerator.trackers:
-                _show(backbone, paradigm.student, prompts[:8], which.student_steps, step, probes[step], accelerator)
+                _show(backbone, paradigm.student, cond[:8], which.student_steps, step, probes[step], accelerator)
             average.restore(task.roles["student"].params)
             probe_file.write_text(json.dumps(probes))
 
@@ -119,9 +121,29 @@ def look(backbone, student, test: Tangents, steps: int) -> dict[str, float]:
             "ratio": response["ratio"].log().mean().exp().item()}
 
 
-def _show(backbone, student, prompts, steps, step, probe, accelerator):
+def in_8bit(role: Role):
+    """AdamW's moments in 8 bits, with a scale for each 256 of them (Dettmers et al. 2022): a quarter of their memory.
+    Weights of fewer than 4096 elements keep theirs in fp32. ValueError where bitsandbytes is not installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        fix = "pip install -e '.[8bit]', or leave it at adamw"
+        raise ValueError(f"distill.optimiser=adamw8bit needs bitsandbytes: {fix}") from None
+
+    class Resuming(AdamW8bit):
+        def update_step(self, group, p, *where):
+            state = self.state[p]
+            state["step"] = int(state["step"])  # out of a checkpoint it is a tensor
+            super().update_step(group, p, *where)
+
+    params = role.optimisers[0].param_groups[0]["params"]
+    role.optimisers[0] = Resuming(params, role.lr, betas=role.betas, weight_decay=role.weight_decay)
+    role.optimisers[0].param_groups[0]["base_lr"] = role.lr
+
+
+def _show(backbone, student, cond, steps, step, probe, accelerator):
     """The same prompts and noises at each probe, for trackers."""
-    latents = backbone.sample(student, backbone.noise(len(prompts), 0), backbone.encode(prompts), steps)
+    latents = backbone.sample(student, backbone.noise(len(cond), 0), cond, steps)
     images = (255 * backbone.decode(latents).permute(0, 2, 3, 1)).byte().cpu().numpy()
     accelerator.log({f"probe/{k}": v for k, v in probe.items()}, step)
     for tracker in accelerator.trackers:
@@ -176,7 +198,7 @@ def save_student(run: Run, p: Params, backbone: Backbone, student, folder: Path)
         "steps": which.student_steps, "guidance_scale": 1.0,
         "gad": gad.model_dump() if gad else None,
         "training": {"published": published.model_dump()} if published else {
-            "distill": p.distill.model_dump() | {"steps": p.steps(run.paradigm, run.variant)},
+            "distill": p.distill.identity | {"steps": p.steps(run.paradigm, run.variant)},
             run.paradigm: p.paradigms[run.paradigm],
         },
     }

@@ -211,6 +211,12 @@ class Distill(_Section):
     clip: Positive
     save_every: PositiveInt
     precision: Precision
+    optimiser: Literal["adamw", "adamw8bit"] = "adamw"
+
+    @property
+    def identity(self) -> dict:
+        """What fixes a student. Defaults are left out: a new key with one makes no student another."""
+        return self.model_dump(exclude_defaults=True)
 
 
 class Hardware(_Section):

@@ -63,6 +63,11 @@ def tracking():
     return DATA / "tracking"
 
 
+def embeddings():
+    """Encoded prompts; never an output, removed by `make clean`."""
+    return DATA / ".resume" / "embeddings"
+
+
 def resume(name: str):
     """Resumable training state; never an output, removed by `make clean`."""
     return DATA / ".resume" / name

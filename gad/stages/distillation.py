@@ -10,6 +10,7 @@ import pandas as pd
 from .. import distill as students
 from .. import paths
 from ..backbones import load, with_lora
+from ..embeddings import keep
 from ..evaluation.geometry import bootstrap, compare, endpoint, tangents
 from ..paradigms import PARADIGMS
 from ..params import Params, Run
@@ -24,7 +25,7 @@ def distill(run: Run, p: Params, track: str | None = None) -> dict:
     """Train student `run`; its folder, log and probes. `track`: a tracker's name, see `prepare`."""
     accelerator = prepare(p, p.distill.precision, track)
     if track:
-        accelerator.init_trackers("gad", {"run": str(run), **p.distill.model_dump()})
+        accelerator.init_trackers("gad", {"run": str(run), **p.distill.identity})
     made, _ = _student(run, p, paths.student(run), paths.resume(str(run)), accelerator)
     accelerator.end_training()
     if not made:
@@ -37,19 +38,20 @@ def distill(run: Run, p: Params, track: str | None = None) -> dict:
 
 
 def _student(run, p, folder, work, accelerator):
-    backbone = load(run.backbone, p).to(accelerator.device)
-    endpoints = paths.endpoints(run.backbone)
-    train, test = (Tangents.load(endpoints / f"{k}.safetensors", backbone) for k in ("train", "probe"))
-    paired = PARADIGMS[run.paradigm].paired
-    samples = Samples.load(endpoints / "samples.safetensors", backbone) if paired else None
+    backbone = keep(load(run.backbone, p), paths.embeddings(), accelerator.device)
+    endpoints, paired = paths.endpoints(run.backbone), PARADIGMS[run.paradigm].paired
+    prompts = world_of(run.backbone, p).prompts(p.distill.prompts, p.seeds.world)
+    with accelerator.main_process_first():  # which encodes all prompts there will be; the others read them
+        cond, _ = backbone.encode(prompts), backbone.null
+        train, test = (Tangents.load(endpoints / f"{k}.safetensors", backbone) for k in ("train", "probe"))
+        samples = Samples.load(endpoints / "samples.safetensors", backbone) if paired else None
     term = p.term(run.variant)
     config = {
-        "run": list(run), "distill": p.distill.model_dump(), "paradigm": p.paradigms[run.paradigm],
+        "run": list(run), "distill": p.distill.identity, "paradigm": p.paradigms[run.paradigm],
         "backbone": p.backbones[run.backbone].model_dump(), "teacher": train.x0.double().sum().item(),
         "gad": term.model_dump() if term else None, "steps": p.steps(run.paradigm, run.variant),
     }
-    prompts = world_of(run.backbone, p).prompts(p.distill.prompts, p.seeds.world)
-    made = students.distill(run, p, backbone, prompts, train, test, samples, folder, work, accelerator, config)
+    made = students.distill(run, p, backbone, cond, train, test, samples, folder, work, accelerator, config)
     return made, backbone
 
 

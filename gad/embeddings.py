@@ -1,0 +1,76 @@
+"""Prompts encoded once, on disk: T5 and Gemma then leave the accelerator to the networks that train."""
+
+import hashlib
+import inspect
+import os
+import uuid
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from .backbones import Backbone, Condition
+
+
+def keep(backbone: Backbone, folder: Path, device) -> Backbone:
+    """The same backbone on `device`, all but its text encoder, with an `encode` that keeps in `folder` what it made.
+
+    The text encoder is on `device` only while it encodes what `folder` lacks, else on the CPU.
+    """
+    for name, part in backbone.pipeline.components.items():
+        if isinstance(part, nn.Module):
+            part.to("cpu" if name == "text_encoder" else device)
+    backbone.encode = _Kept(backbone, folder)
+    return backbone
+
+
+class _Kept:
+    """In place of a backbone's `encode`: the same bits, from disk where they are there."""
+
+    def __init__(self, backbone, folder):
+        self.backbone, self.folder, self.anew = backbone, folder, backbone.encode
+        self.weights = _fingerprint(backbone.pipeline.text_encoder)
+
+    def __call__(self, prompts: list[str], batch: int = 256) -> Condition:
+        unique = list(dict.fromkeys(prompts))
+        path = self.folder / f"{self.backbone.name}-{self._key(unique, batch)}.safetensors"
+        if not path.exists():
+            self._make(path, unique, batch)
+        try:
+            found = load_file(path, str(self.backbone.device))
+        except (OSError, SafetensorError) as error:
+            name = os.path.relpath(path)
+            raise ValueError(f"{name} is not readable ({error}): delete it, and prompts are encoded anew") from None
+        index = {p: i for i, p in enumerate(unique)}
+        return Condition(**found)[[index[p] for p in prompts]]
+
+    def _key(self, unique, batch) -> str:
+        """Of all that fixes the bits. A tokeniser is known by what it makes of these prompts."""
+        backbone, tokenizer = self.backbone, self.backbone.pipeline.tokenizer
+        tokens = tokenizer(unique, truncation=True).input_ids
+        length = tokenizer.model_max_length, backbone.max_tokens
+        code = inspect.getsource(type(backbone).encode_text)
+        there = torch.__version__, transformers.__version__, backbone.device.type, torch.get_num_threads()
+        whole = self.weights, code, there, batch, unique, tokens, length, tokenizer.pad_token_id, backbone.instruction
+        return hashlib.sha256(repr(whole).encode()).hexdigest()[:32]
+
+    def _make(self, path, unique, batch):
+        encoder = self.backbone.pipeline.text_encoder.to(self.backbone.device)
+        made = self.anew(unique, batch)
+        encoder.to("cpu")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{uuid.uuid4().hex}")  # other stages may be making the same
+        made.save(part)
+        os.replace(part, path)
+
+
+def _fingerprint(module) -> str:
+    """A hash of a module's config and every weight; seconds for T5-XXL."""
+    found = hashlib.sha256(module.config.to_json_string().encode())
+    for name, w in module.state_dict().items():
+        found.update(f"{name} {w.dtype} {tuple(w.shape)}".encode())
+        found.update(w.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
