@@ -37,7 +37,7 @@ CLAIMS = (
           lambda t: (t["map"] == "difference") & (t["metric"] == "relative"), -1),
     Claim("Tangents are what helps: the cosine is higher with GAD than with a control in its place",
           "no such control", "table1", lambda t: (t["map"] == "difference") & (t["metric"] == "cos"), 1,
-          against=("unrelated", "augmentation")),
+          against=("unrelated", "augmentation", "rkd", "similarity", "longer")),
     Claim("Seeds: the teacher's classifier names more of the student's (linear, top-1)", "83.70 → 87.40 % (LADD, SD2)",
           "table2", _metric("teacher, linear, top-1"), 1),
     Claim("Seeds: its own classifier names more of the student's (linear, top-1)", "87.60 → 92.40 % (LADD, SD2)",

@@ -32,11 +32,11 @@ class Sana(Backbone):
         miniature's."""
         lines = inspect.signature(self.pipeline_class.__call__).parameters["complex_human_instruction"].default
         text, room = "\n".join(lines), self.pipeline.text_encoder.config.max_position_embeddings
-        return text if len(self.pipeline.tokenizer.encode(text)) + self.max_tokens <= room else ""
+        return text if len(self.pipeline.tokenizer.encode(text, verbose=False)) + self.max_tokens <= room else ""
 
     @cached_property
     def skipped(self):
-        return len(self.pipeline.tokenizer.encode(self.instruction)) - 2 if self.instruction else 0
+        return len(self.pipeline.tokenizer.encode(self.instruction, verbose=False)) - 2 if self.instruction else 0
 
     def encode_text(self, prompts):
         prompts, parts, order = [p.lower().strip() for p in prompts], [], []
