@@ -50,17 +50,24 @@ class _Kept:
     def _key(self, unique, batch) -> str:
         """Of all that fixes the bits. A tokeniser is known by what it makes of these prompts."""
         backbone, tokenizer = self.backbone, self.backbone.pipeline.tokenizer
-        tokens = tokenizer(unique, truncation=True).input_ids
-        length = tokenizer.model_max_length, backbone.max_tokens
+        tokens, length = self._tokens(unique)
         code = inspect.getsource(type(backbone).encode_text)
         there = torch.__version__, transformers.__version__, backbone.device.type, torch.get_num_threads()
         whole = self.weights, code, there, batch, unique, tokens, length, tokenizer.pad_token_id, backbone.instruction
         return hashlib.sha256(repr(whole).encode()).hexdigest()[:32]
 
+    def _tokens(self, unique) -> tuple[list[list[int]], int]:
+        """Called as by `encode_text`: a tokeniser keeps its last padding and truncation, and students are saved with
+        them, which must not tell whether embeddings were there."""
+        tokenizer = self.backbone.pipeline.tokenizer
+        length = min(self.backbone.max_tokens or tokenizer.model_max_length, tokenizer.model_max_length)
+        return tokenizer(unique, padding="max_length", max_length=length, truncation=True).input_ids, length
+
     def _make(self, path, unique, batch):
         encoder = self.backbone.pipeline.text_encoder.to(self.backbone.device)
         made = self.anew(unique, batch)
         encoder.to("cpu")
+        self._tokens(unique)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{uuid.uuid4().hex}")  # other stages may be making the same
         made.save(part)

@@ -48,6 +48,8 @@ def test_embeddings_have_the_same_bits_from_disk(name, dtype, tmp_path):
     keep(second, tmp_path, "cpu").pipeline.text_encoder.forward = refuse
     assert_same(second.encode(PROMPTS), expected)
     assert_same(second.null, null)
+    states = [one.pipeline.tokenizer.backend_tokenizer.to_str() for one in (plain, first, second)]
+    assert states[0] == states[1] == states[2]  # students are saved with it
 
 
 def test_the_text_encoder_is_on_the_device_while_it_encodes_alone(tmp_path, monkeypatch):

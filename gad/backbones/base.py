@@ -27,7 +27,8 @@ class Condition:
         return Condition(self.embeds[index], self.mask[index])
 
     def to(self, *args, **kwargs) -> "Condition":
-        return Condition(self.embeds.to(*args, **kwargs), self.mask.to(self.embeds.device))
+        embeds = self.embeds.to(*args, **kwargs)
+        return Condition(embeds, self.mask.to(embeds.device))
 
     def expand(self, n: int) -> "Condition":
         """One prompt, `n` times."""
