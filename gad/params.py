@@ -9,6 +9,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -29,7 +30,9 @@ Divisor = Annotated[
 EvenDivisor = Annotated[  # floors are measured at half of them
     Divisor, AfterValidator(lambda n: n if n % 2 == 0 else _fail("must be even: floors are measured at half of it"))
 ]
-Precision = Literal["no", "bf16", "fp16"]
+Precision = Annotated[  # a bare `no` is false in YAML 1.1, and a string to DVC, whose `-S` writes it so
+    Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)
+]
 
 
 def _fail(message):

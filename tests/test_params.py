@@ -1,11 +1,13 @@
 """Mistakes in params.yaml and on the command line: one line with key, value and fix, before any work."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import yaml
+from dvc.utils.hydra import apply_overrides
 
 from gad import params
 from gad.params import ROOT, ParamsError, Run
@@ -116,6 +118,18 @@ def test_a_backbones_pretraining_lies_over_the_general_one(tmp_path):
     found = params.load(tmp_path / "params.yaml").teacher_of("sana")
     assert (found.steps, found.lr, found.refine[0].steps, found.refine[0].muon) == (11, 0.1, 21, 0.3)
     assert [c.focus for c in found.refine] == [0, 0.5]
+
+
+def test_a_file_that_dvc_has_rewritten_says_the_same(tmp_path):
+    """`dvc exp run -S` writes the whole file anew, as YAML 1.2."""
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+    apply_overrides(path, ["gad.lam=0.125"])
+    assert "0.125" in path.read_text() and path.read_text() != (ROOT / "params.yaml").read_text()
+    found, known = params.load(path).model_dump(), params.load(**{"gad.lam": 0.125}).model_dump()
+    # Merged keys are written out: the controls no longer follow.
+    assert {k for k in known if found[k] != known[k]} <= {"controls"}
+    assert found["gad"]["lam"] == 0.125
 
 
 def test_blocks_beside_the_grid_make_runs_with_terms_and_steps_of_their_own():
