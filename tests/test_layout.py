@@ -35,7 +35,10 @@ class Slow:
 def both(tokenizer, caption, phrases, most=None):
     """A phrase's tokens as text, and their number, with offsets; the same is found without."""
     fast, slow = (
-        layout.phrase_tokens(SimpleNamespace(pipeline=SimpleNamespace(tokenizer=t), max_tokens=most), caption, phrases)
+        layout.phrase_tokens(
+            SimpleNamespace(pipeline=SimpleNamespace(tokenizer=t), max_tokens=most, instruction="", skipped=0),
+            caption, phrases,
+        )
         for t in (tokenizer, Slow(tokenizer))
     )
     assert fast == slow
