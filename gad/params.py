@@ -96,11 +96,12 @@ class Further(_Section):
     baselines: Block
     controls: Block
     maps: Block
+    baseline_maps: Block
 
     @property
     def controlled(self) -> list["Block"]:
         """The blocks whose variants are `controls`."""
-        return [self.controls, self.maps]
+        return [self.controls, self.maps, self.baseline_maps]
 
 
 class BackboneParams(_Section):
@@ -244,6 +245,7 @@ class Judge(_Section):
     batch: Annotated[int, Field(ge=2)]
     lr: Positive
     warmup: NonNegativeInt
+    scenes: PositiveInt
 
 
 class Uses(_Section):
@@ -252,6 +254,7 @@ class Uses(_Section):
     seeds: Annotated[int, Field(ge=2)]
     prompts: Annotated[int, Field(ge=2)]
     train: PositiveInt
+    fit: PositiveInt
     library: PositiveInt
     picks: PositiveInt
     query: PositiveInt

@@ -32,7 +32,8 @@ def write(p: Params) -> list:
         figure = draw(p)
         name = {"published": "precision"}.get(draw.__name__, draw.__name__)
         made.append(paths.FIGURES / f"{name}.png")
-        figure.savefig(made[-1], bbox_inches="tight", metadata={"Software": None})
+        how = {"dpi": 100} if draw in (samples, seeds) else {}  # the pictures' own resolution
+        figure.savefig(made[-1], bbox_inches="tight", metadata={"Software": None}, pil_kwargs={"optimize": True}, **how)
         plt.close(figure)
     return made
 

@@ -57,10 +57,12 @@ def test_bootstrap_resamples_prompts_whole():
     rng = np.random.default_rng(0)
     values = rng.normal(size=200)
     x = np.repeat(values, 10)
-    value, low, high = bootstrap(lambda i: x[i].mean(), np.repeat(np.arange(200), 10), 2000)
+    value, low, high = bootstrap(lambda i: x[i].mean(-1), np.repeat(np.arange(200), 10), 2000)
     width = 2 * 1.96 * values.std() / 200**0.5
     assert value == pytest.approx(values.mean()) and low < value < high
     assert high - low == pytest.approx(width, rel=0.1)
+    with pytest.raises(ValueError, match="1 to 2 rows"):
+        bootstrap(lambda i: x[i].mean(-1), np.array([0, 0, 1]), 10)
 
 
 def result(cos, scene):

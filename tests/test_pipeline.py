@@ -172,9 +172,12 @@ class Copy:
         return [f for name in ("data", "reports") for f in (self.folder / name / "notebooks").glob("*.ipynb")]
 
 
+def students(backbone, paradigm):
+    return {f"{s}@{backbone}-{paradigm}-{v}-0" for s in ("distill", "evaluate", "use") for v in ("base", "gad")}
+
+
 def column(backbone):
-    yield from (f"{s}@{backbone}" for s in ("teacher", "diagnose", "references"))
-    yield from (f"{s}@{backbone}-tdm-{v}-0" for s in ("distill", "evaluate", "use") for v in ("base", "gad"))
+    return {f"{s}@{backbone}" for s in ("teacher", "diagnose", "references")} | students(backbone, "tdm")
 
 
 REPORTS = {"tables", "figures", "page"}
@@ -232,9 +235,12 @@ class TestGraph:
         assert copy.changed() == {student, "tables", "page"}
         copy.edit({"grid": {"backbones": ["sd2", "sana"]}})
         assert copy.changed() == {student, *column("sana"), *REPORTS}
-        ran = {student, "evaluate@sd2-tdm-gad-0", "use@sd2-tdm-gad-0", *column("sana"), *REPORTS}
+        copy.edit({"grid": {"backbones": ["sd2"], "paradigms": ["tdm", "ladd"]}})
+        added = students("sd2", "ladd")
+        assert copy.changed() == {student, *added, *REPORTS}
+        ran = {student, "evaluate@sd2-tdm-gad-0", "use@sd2-tdm-gad-0", *added, *REPORTS}
         assert copy.reproduce() == ran
-        assert "sana" in (copy.folder / "reports/tables/table1.md").read_text()
+        assert "LADD" in (copy.folder / "reports/tables/table1.md").read_text()
 
     def test_block_beside_the_grid_runs_alone(self, copy):
         block = {"backbones": ["sd2"], "paradigms": ["tdm"], "variants": ["rkd"]}

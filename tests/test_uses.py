@@ -148,7 +148,8 @@ def result(vendi=3.0, shift=1.0, ap=0.5):
 
 
 SMALL = {
-    "grid.backbones": ["sana"], **{f"further.{b}.backbones": ["sana"] for b in ("baselines", "controls", "maps")},
+    "grid.backbones": ["sana"],
+    **{f"further.{b}.backbones": ["sana"] for b in ("baselines", "controls", "maps", "baseline_maps")},
     "report.bootstrap": 50,
 }
 

@@ -3,6 +3,7 @@ the paper's evaluation code is not public)."""
 
 import numpy as np
 import torch
+from scipy.special import rel_entr
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -80,25 +81,21 @@ def local_rows(backbone: Backbone, network, test, cfg: float, batch: int) -> dic
     return out
 
 
-def spectral_kl(student: np.ndarray, teacher: np.ndarray) -> float:
-    """KL(P_T ‖ P_S) of the mean spectra of (N, bins) rows."""
-    p, q = teacher.mean(0), student.mean(0)
-    keep = p > 0
-    return float(np.maximum(0.0, (p[keep] * np.log(p[keep] / q[keep])).sum()))  # rounding may leave −1e-16; NaN stays
+def spectral_kl(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    """KL(P_T ‖ P_S) of the mean spectra of (…, N, bins) rows, (…)."""
+    return np.maximum(0.0, rel_entr(teacher.mean(-2), student.mean(-2)).sum(-1))  # rounding may leave −1e-16; NaN stays
 
 
 def bootstrap(statistic, prompts: np.ndarray, n: int, seed: int = 0) -> tuple[float, float, float]:
     """Value and 95 % percentile interval of `statistic(rows)` under resampling of prompts with all their rows.
 
-    `prompts` (N,): the prompt each row belongs to; `statistic` maps row indices to a number.
+    `prompts` (N,): the prompt each row belongs to, as many rows each; `statistic` maps row indices (…, N) to numbers
+    (…).
     """
-    rng = np.random.default_rng(seed)
-    groups = [np.flatnonzero(prompts == k) for k in np.unique(prompts)]
-    if len({len(g) for g in groups}) == 1:
-        table = np.stack(groups)
-        rows = (table[rng.integers(0, len(table), len(table))].ravel() for _ in range(n))
-    else:
-        rows = (np.concatenate([groups[g] for g in rng.integers(0, len(groups), len(groups))]) for _ in range(n))
-    draws = [statistic(r) for r in rows]
-    low, high = np.percentile(draws, [2.5, 97.5])
+    _, index, rows = np.unique(prompts, return_inverse=True, return_counts=True)
+    if len(set(rows)) != 1:
+        raise ValueError(f"prompts have {min(rows)} to {max(rows)} rows: give each as many")
+    groups = np.argsort(index, kind="stable").reshape(-1, rows[0])
+    chosen = np.random.default_rng(seed).integers(0, len(groups), (n, len(groups)))
+    low, high = np.percentile(statistic(groups[chosen].reshape(n, -1)), [2.5, 97.5])
     return float(statistic(np.arange(len(prompts)))), float(low), float(high)

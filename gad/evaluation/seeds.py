@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 C = 0.1  # inverse strength of the probe's penalty; accuracy is flat from 0.03 to 10
-STEPS, BATCH, LR, DECAY = 600, 64, 2e-3, 0.05  # of the network
+BATCH, LR, DECAY = 64, 2e-3, 0.05  # of the network
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,12 @@ class Classifier:
         return Classifier(made["kind"], network.eval())
 
 
-def fit(images: Tensor, kind: str, seed: int = 0) -> Classifier:
+def fit(images: Tensor, kind: str, seed: int = 0, steps: int = 600) -> Classifier:
     """A classifier of the S seeds of images (S, P, 3, H, W) in [0, 1], [s, p] made by seed s under training prompt p.
 
     `kind`: "linear", multinomial logistic regression on pooled pixels, which `seed` leaves alone; or "cnn", a small
-    network whose start and order `seed` decides. Nothing is flipped or moved in training: place is the signal.
+    network of `steps` training steps, whose start and order `seed` decides. Nothing is flipped or moved in training:
+    place is the signal.
     Fewer than three seeds raise ValueError.
     """
     if len(images) < 3:
@@ -73,7 +74,7 @@ def fit(images: Tensor, kind: str, seed: int = 0) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _network(kind, len(images))
-        (_fit_probe if kind == "linear" else _fit_network)(network, x, y)
+        _fit_probe(network, x, y) if kind == "linear" else _fit_network(network, x, y, steps)
     return Classifier(kind, network.eval())
 
 
@@ -117,10 +118,10 @@ def _fit_probe(network, x: Tensor, y: Tensor):
         network[-1].bias.copy_(torch.from_numpy(found.intercept_) - weight @ mean)
 
 
-def _fit_network(network, x: Tensor, y: Tensor):
+def _fit_network(network, x: Tensor, y: Tensor, steps: int):
     optimiser = torch.optim.AdamW(network.parameters(), LR, weight_decay=DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
-    for _ in range(STEPS):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for _ in range(steps):
         i = torch.randint(len(x), (BATCH,))
         F.cross_entropy(network(x[i]), y[i]).backward()
         optimiser.step()

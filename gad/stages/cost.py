@@ -27,11 +27,13 @@ Base and GAD take turns, {blocks} blocks each; medians of a step, and of the rat
 bootstrap interval over blocks. Memory is the peak of the process (CPU) or of what is allocated (GPU).
 
 """
+TITLES = {"gad": "GAD", "half": "half the pairs", "every": "each 4th step"}
 
 
 def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
-    """Time every paradigm's step without and with GAD (`gad.every` 1 and 4) on `backbone`; a row each, kept in
-    reports/cost.csv. A block is as many steps as a cycle of all that takes turns is long."""
+    """Time every paradigm's step without GAD, with it, with half of `gad.pairs` and at each 4th step (`gad.every`), on
+    `backbone`; a row each, kept in reports/cost.csv. A block is as many steps as a cycle of all that takes turns is
+    long."""
     accelerator = prepare(p, p.distill.precision)
     model = load(backbone, p).to(accelerator.device)
     which, endpoints = p.backbones[backbone], paths.endpoints(backbone)
@@ -41,9 +43,8 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
     rows = []
     for name in p.paradigms:
         paradigm = PARADIGMS[name](model, which.student_steps, which.cfg, p.paradigms[name], p.distill)
-        terms = {"base": None} | {
-            k: p.gad.model_copy(update={"every": every}) for k, every in (("gad", 1), ("every", 4))
-        }
+        cheaper = {"gad": {}, "half": {"pairs": max(1, p.gad.pairs // 2)}, "every": {"every": 4}}
+        terms = {"base": None} | {k: p.gad.model_copy(update=changed) for k, changed in cheaper.items()}
         tasks = {
             k: Distillation(paradigm, cond, tangents, term, p.distill.batch, 0, samples) for k, term in terms.items()
         }
@@ -53,13 +54,14 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
             timed[k]()
         seconds = pd.DataFrame([{k: timed[k]() for k in timed} for _ in range(blocks)])
         row = {"backbone": backbone, "paradigm": name, "seconds": seconds["base"].median()}
-        for k in ("gad", "every"):
+        for k in cheaper:
             ratio = (seconds[k] / seconds["base"]).to_numpy()
-            found = bootstrap(lambda i, x=ratio: np.median(x[i]), np.arange(blocks), p.report.bootstrap)
+            found = bootstrap(lambda i, x=ratio: np.median(x[i], -1), np.arange(blocks), p.report.bootstrap)
             row |= dict(zip((k, f"{k}_low", f"{k}_high"), found, strict=True))
         row |= {f"memory_{k}": timed[k].memory for k in timed}
         rows.append(row)
-        told = f"{name}: GAD {row['gad']:.2f} times the base, each 4th step {row['every']:.2f}"
+        told = ", ".join(f"{title} {row[k]:.2f}" for k, title in TITLES.items())
+        told = f"{name}, times the base: {told}"
         print(told, file=sys.stderr, flush=True)
         del paradigm, tasks, timed
         gc.collect()
@@ -110,8 +112,8 @@ def _write(frame, p, backbone, blocks, device):
     path = paths.REPORTS / "cost.csv"
     write_csv(path, frame)
     cells = pd.DataFrame({"paradigm": frame["paradigm"], "base, s": frame["seconds"].map("{:.3g}".format)})
-    for key, title in (("gad", "GAD / base"), ("every", "GAD each 4th step / base")):
-        cells[title] = [cell(*x, ".2f") for x in frame[[key, f"{key}_low", f"{key}_high"]].to_numpy()]
+    for key, title in TITLES.items():
+        cells[f"{title} / base"] = [cell(*x, ".2f") for x in frame[[key, f"{key}_low", f"{key}_high"]].to_numpy()]
     for key, title in (("base", "base, MB"), ("gad", "GAD, MB")):
         cells[title] = frame[f"memory_{key}"].round().astype(int)
     what = torch.cuda.get_device_name() if device.type == "cuda" else f"{p.threads} CPU thread(s)"

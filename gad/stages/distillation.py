@@ -118,7 +118,7 @@ def trial(run: Run, p: Params, settings: dict, prompts: int = 128, noises: int =
 
 
 def _interval(name, x, p) -> dict:
-    value, low, high = bootstrap(lambda i: x[i].mean(), np.arange(len(x)), p.report.bootstrap)
+    value, low, high = bootstrap(lambda i: x[i].mean(-1), np.arange(len(x)), p.report.bootstrap)
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 

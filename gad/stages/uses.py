@@ -150,7 +150,7 @@ def _images(bench, images) -> dict:
 
 
 def _classifiers(bench, images) -> dict[str, seeds.Classifier]:
-    return {kind: seeds.fit(images[:, :bench.u.train], kind) for kind in KINDS}
+    return {kind: seeds.fit(images[:, :bench.u.train], kind, steps=bench.u.fit) for kind in KINDS}
 
 
 def _seeds(bench, images, own: dict, its: dict) -> dict:

@@ -22,10 +22,10 @@ def table4(p: Params) -> pd.DataFrame:
             base = _trajectories(found[paradigm, "base"], "relative") if (paradigm, "base") in found else None
             prompts = prompts_of(len(errors["rmse"]) // len(results), 1, len(results))
             for k in range(errors["rmse"].shape[1]):
-                stats = {m: bootstrap(lambda i, x=x[:, k]: x[i].mean(), prompts, n) for m, x in errors.items()}
+                stats = {m: bootstrap(lambda i, x=x[:, k]: x[i].mean(-1), prompts, n) for m, x in errors.items()}
                 if variant != "base" and base is not None:
                     a, b = errors["relative"][:, k], base[:, k]
-                    stats["change"] = bootstrap(lambda i, a=a, b=b: a[i].mean() / b[i].mean() - 1, prompts, n)
+                    stats["change"] = bootstrap(lambda i, a=a, b=b: a[i].mean(-1) / b[i].mean(-1) - 1, prompts, n)
                 rows += records(stats, backbone=backbone, model=name, step=k + 1)
     return pd.DataFrame(rows)
 

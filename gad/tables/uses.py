@@ -85,7 +85,7 @@ def interval(x, n: int) -> tuple[float, float, float]:
     if isinstance(x, tuple):
         return float(x[0]), *map(float, np.percentile(x[1], [2.5, 97.5]))
     x = np.asarray(x, float)
-    return bootstrap(lambda i: np.nanmean(x[i]), np.arange(len(x)), n)
+    return bootstrap(lambda i: np.nanmean(x[i], -1), np.arange(len(x)), n)
 
 
 def less(a, b):
@@ -144,7 +144,7 @@ def _gap(gad, base, teacher, n):
     a, b, t = (np.asarray(x["Vendi"]) for x in (gad, base, teacher))
 
     def change(i):
-        return abs(a[i].mean() - t[i].mean()) - abs(b[i].mean() - t[i].mean())
+        return abs(a[i].mean(-1) - t[i].mean(-1)) - abs(b[i].mean(-1) - t[i].mean(-1))
 
     return {"distance from the teacher's Vendi": bootstrap(change, np.arange(len(a)), n)}
 
@@ -154,7 +154,7 @@ def _retained(student, teacher, n):
     out = {}
     for key in (k for k in student if k.startswith("shift") or k == "mean shift"):
         a, b = np.asarray(student[key], float), np.asarray(teacher[key], float)
-        out[key] = bootstrap(lambda i, a=a, b=b: np.nanmean(a[i]) / np.nanmean(b[i]), np.arange(len(a)), n)
+        out[key] = bootstrap(lambda i, a=a, b=b: np.nanmean(a[i], -1) / np.nanmean(b[i], -1), np.arange(len(a)), n)
     return out
 
 

@@ -159,7 +159,7 @@ def pretrain(folder: Path, work: Path, p: dict, seed: int, accelerator=None) -> 
     task = JudgeTask(open_clip.CLIP(**CONFIG), p["batch"], p["lr"])
     train(task, work, p["steps"], seed, {"judge": CONFIG, **p}, p["warmup"], accelerator=accelerator)
     save(task.model, CONFIG, folder)
-    return evaluate(load(folder), seed)
+    return evaluate(load(folder), seed, p["scenes"])
 
 
 def evaluate(judge: Judge, seed: int, n: int = 2500) -> dict[str, dict]:
@@ -175,5 +175,5 @@ def evaluate(judge: Judge, seed: int, n: int = 2500) -> dict[str, dict]:
         for kind in SWAPS:
             wrong = swapped(world, kind, rng)
             won = (right > (y * judge.texts(wrong.captions())).sum(1)).numpy()[~fits(world, wrong).diagonal()]
-            out[split][kind] = list(bootstrap(lambda rows, won=won: won[rows].mean(), np.arange(len(won)), 1000))
+            out[split][kind] = list(bootstrap(lambda rows, won=won: won[rows].mean(-1), np.arange(len(won)), 1000))
     return out
