@@ -67,14 +67,17 @@ def distill(
     """
     which, d, hardware = p.backbones[run.backbone], p.distill, p.hardware
     parts = accelerator.num_processes * hardware.accumulate
-    for key, value in {"distill.batch": d.batch, "gad.pairs": p.gad.pairs}.items():
+    gad, shared = p.term(run.variant), {"distill.batch": d.batch}
+    if gad:
+        shared["gad.pairs" if run.variant == "gad" else f"controls.{run.variant}.pairs"] = gad.pairs
+    for key, value in shared.items():
         if value % parts:
             raise ValueError(
                 f"{key}={value} cannot be shared by {accelerator.num_processes} process(es) in hardware.accumulate="
                 f"{hardware.accumulate} part(s) each: make it a multiple of {parts}"
             )
     paradigm = PARADIGMS[run.paradigm](backbone, which.student_steps, which.cfg, p.paradigms[run.paradigm], d)
-    gad, steps = p.term(run.variant), p.steps(run.paradigm, run.variant)
+    steps = p.steps(run.paradigm, run.variant)
     task = Distillation(paradigm, cond, teacher, gad, d.batch, run.seed, samples)
     if d.optimiser == "adamw8bit":
         for role in task.roles.values():

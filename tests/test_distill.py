@@ -164,6 +164,9 @@ def test_batches_that_cannot_be_shared_stop_before_work(place):
     _, error = process.communicate(timeout=300)
     assert process.returncode == 1 and "distill.batch=4 cannot be shared" in error and "multiple of 3" in error
     assert "Traceback" not in error
+    process = gad(place, "--set", "hardware.accumulate=2", "--set", "controls.map.pairs=3", *SHARED[:-1], "map")
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 1 and "controls.map.pairs=3 cannot be shared" in error
 
 
 @pytest.mark.slow
