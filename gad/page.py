@@ -17,6 +17,21 @@ from . import paths
 from .params import ROOT, Params
 
 ORDER = ("summary", "teachers", *(f"table{i}" for i in range(1, 7)))  # others follow by name
+MEASURED = {  # the stage whose results a table or figure shows, and the keys of params.yaml that say of how much
+    "teachers": ("teacher", "teacher.prompts"),
+    "summary": ("evaluate", "evaluation.prompts evaluation.noises evaluation.quality_prompts"),
+    "table1": ("evaluate", "evaluation.prompts evaluation.noises evaluation.quality_prompts"),
+    "table2": ("use", "uses.seeds uses.prompts uses.train uses.fit"),
+    "table3": ("use", "uses.seeds uses.prompts uses.draws"),
+    "table4": ("evaluate", "evaluation.trajectory_prompts"),
+    "table5": ("use", "uses.layouts uses.evals uses.scale uses.sweep uses.draws"),
+    "table6": ("use", "uses.library uses.picks uses.query uses.seeds uses.prompts"),
+    "figure5": ("use", "uses.seeds uses.prompts"),
+    "figure2": ("evaluate", "evaluation.prompts endpoints.probes"),
+    "precision": ("diagnose", ""),
+    "seeds": ("use", "uses.seeds uses.prompts"),
+    **dict.fromkeys(("samples", "students", "before_after"), ("evaluate", "evaluation.prompts")),
+}
 LONG = 8  # rows; a longer table is folded, unless it is its section's first
 FIRST = "before_after"
 FIGURES = {  # alternative text, caption
@@ -29,8 +44,8 @@ FIGURES = {  # alternative text, caption
                 "Diversity against fidelity; an arrow leads from a student without GAD to the one with it."),
     "students": ("Points with intervals, a row a student: JVP cosine on the left, scene accuracy on the right.",
                  "Every student, those with something else in GAD's place too, between floors and teacher."),
-    "seeds": ("Columns of small scenes, six seeds down, by teacher and students, under two prompts a backbone.",
-              "The same six seeds down the rows, under two prompts: teacher, student without and with GAD."),
+    "seeds": ("Columns of small scenes, six seeds down, by teacher and students, of one prompt a backbone.",
+              "The same six seeds down the rows: teacher, students without and with GAD."),
     "samples": ("Rows of small scenes in pairs, teacher above student, for every backbone without and with GAD.",
                 "The same prompts and noises through teacher (above) and student (below)."),
     "precision": ("Curves of reported cosines against the size of a difference and against the true cosine.",
@@ -148,6 +163,9 @@ def write(p: Params) -> Path:
     path.write_text(environment.get_template("page.html.j2").render(
         p=p, stages=stages, maker=maker, rule=claims[0].parts, claims=judged(claims), long=LONG, first=FIRST,
         tables={f.stem: parse(f.read_text()) for f in texts}, csv={f.stem for f in paths.TABLES.glob("*.csv")},
+        measured={
+            n: (by, [(k, reduce(getattr, k.split("."), p)) for k in keys.split()]) for n, (by, keys) in MEASURED.items()
+        },
         figures={n: (*pictures[n], *FIGURES[n]) for n in FIGURES if n in pictures},
         paper=yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]) + "\n")
     return path

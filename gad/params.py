@@ -47,6 +47,12 @@ class Seeds(_Section):
     world: int
     distill: Annotated[list[int], Field(min_length=1)]
 
+    @property
+    def told(self) -> str:
+        """Those of distillation, in words."""
+        one = len(self.distill) == 1
+        return f"one distillation seed ({self.distill[0]})" if one else f"distillation seeds {str(self.distill)[1:-1]}"
+
 
 class Gad(_Section):
     form: Literal[

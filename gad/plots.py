@@ -32,7 +32,7 @@ def write(p: Params) -> list:
         figure = draw(p)
         name = {"published": "precision"}.get(draw.__name__, draw.__name__)
         made.append(paths.FIGURES / f"{name}.png")
-        how = {"dpi": 100} if draw in (samples, seeds) else {}  # the pictures' own resolution
+        how = {"dpi": 120} if draw in (samples, seeds) else {}  # the pictures' own resolution
         figure.savefig(made[-1], bbox_inches="tight", metadata={"Software": None}, pil_kwargs={"optimize": True}, **how)
         plt.close(figure)
     return made
@@ -79,57 +79,67 @@ def figure2(p: Params):
                 ax.plot(probes["step"], probes[key], marker="o", ls=lines[run.paradigm], ms=3, color=colour, label=name)
         floors = tables.read(paths.diagnosis(backbone) / "floors.json")
         for ax, key in zip(row[2:], ("value", "cos"), strict=True):
-            ax.axhline(tables.SUMMARY[key](floors["teacher, CFG + 1"][key]), color=COLOURS["teacher"], ls=":", lw=1,
-                       label="teacher at CFG + 1")
-        for ax in row:
-            ax.set_ylim(bottom=0)
-        for ax in (row[1], row[3]):
-            ax.set_ylim(0, 1)
+            ax.axhline(tables.SUMMARY[key](floors["teacher, CFG + 1"][key]), color=COLOURS["teacher"], lw=1,
+                       label="teacher, guidance scale + 1")
+        for values, cosines in (row[:2], row[2:]):
+            values.set_yscale("log")
+            cosines.set_ylim(0, 1)
         row[0].set_ylabel(f"{backbone}\nrelative error of values")
         row[1].set_ylabel("JVP cosine")
         row[2].set_ylabel("relative error of values")
         row[3].set_ylabel("JVP cosine")
-    for ax, title in zip(axes[0], ("local map: values", "local map: tangents", "endpoint map: values",
-                                   "endpoint map: tangents"), strict=True):
-        ax.set_title(title)
+    probes = f"endpoint map, {p.endpoints.probes} noises"
+    for ax, title in zip(axes[0], ("local map: values", "local map: tangents", f"{probes}: values",
+                                   f"{probes}: tangents"), strict=True):
+        ax.set_title(title, fontsize=9)
     for ax in axes[-1, :2]:
         ax.set_xlabel("noise level t")
     for ax in axes[-1, 2:]:
         ax.set_xlabel("training step")
-    axes[0, 3].legend(frameon=False, fontsize=7)
     figure.tight_layout()
+    _legend_below(figure, axes[0, 3], len(p.grid.paradigms))
     return figure
 
 
+def _legend_below(figure, ax, rows: int):
+    """One legend for all panels, entries read down columns of `rows` at most."""
+    handles, names = ax.get_legend_handles_labels()
+    shown = dict(zip(names, handles, strict=True))
+    figure.legend(shown.values(), shown.keys(), frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0),
+                  ncols=max(1, -(-len(shown) // max(1, rows))))
+
+
 def figure5(p: Params):
-    """Vendi score against CLIP, a panel a backbone: arrows from a student without to the one with GAD. Hybrid samplers
-    only where one paradigm leaves them room."""
-    n = len(p.grid.backbones)
-    figure, axes = plt.subplots(1, n, figsize=(3.6 * n, 3.2), squeeze=False)
-    for ax, backbone in zip(axes[0], p.grid.backbones, strict=True):
-        at = {}
-        for name, result in uses.models(p, backbone).items():
-            if name.endswith(tables.HYBRID) and len(p.grid.paradigms) > 1:
-                continue
+    """Vendi score against CLIP, a panel a backbone: arrows from a student without to the one with GAD; a marker a
+    paradigm. The world's own images, far off, are in the title."""
+    backbones = p.grid.backbones
+    figure, axes = plt.subplots(1, len(backbones), figsize=(3.6 * len(backbones), 3.4), squeeze=False)
+    markers = dict(zip(p.names, cycle("osD^vP<X>d"), strict=False))
+    for ax, backbone in zip(axes[0], backbones, strict=True):
+        at, title = {}, backbone
+        found = uses.models(p, backbone)
+        shown = {"teacher": ("*", COLOURS["teacher"])} | {
+            tables.label(run): (markers[run.paradigm], COLOURS[run.variant])
+            for run in p.runs() if run.backbone == backbone and tables.label(run) in found
+        }
+        for name, (marker, colour) in shown.items():
+            result = found[name]
             x, y = (uses.interval(v, 500) for v in (result["quality"]["clip"], result["diversity"]["vendi"]))
             at[name] = x[0], y[0]
-            if name in ("teacher", "the world"):
-                colour = COLOURS["teacher"]
-            elif name.endswith(tables.HYBRID):
-                colour = "#949494"
-            else:
-                colour = COLOURS["gad" if name.endswith("+ GAD") else "base"]
             ax.errorbar(x[0], y[0], xerr=[[x[0] - x[1]], [x[2] - x[0]]], yerr=[[y[0] - y[1]], [y[2] - y[0]]],
-                        fmt={"teacher": "*", "the world": "s"}.get(name, "o"), ms=5, lw=0.8, color=colour)
-            ax.annotate(name.replace(tables.HYBRID, ", hybrid"), at[name],
-                        xytext=(4, -9 if colour == COLOURS["base"] else 4), textcoords="offset points",
-                        fontsize=6.5, color=colour)
+                        fmt="none", lw=0.8, ecolor=colour, alpha=0.35)
+            ax.plot(x[0], y[0], marker, ms=9 if marker == "*" else 5, color=colour, label=name)
+        if "the world" in found:
+            clip, vendi = (np.mean(found["the world"][a][b]) for a, b in (("quality", "clip"), ("diversity", "vendi")))
+            title += f" (the world: {clip:.2f}, {vendi:.2f})"
         for name, end in at.items():
             if name.endswith(" + GAD") and (start := at.get(name.removesuffix(" + GAD"))):
                 ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": COLOURS["gad"], "lw": 1.2})
-        ax.set(title=backbone, xlabel="CLIP")
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("CLIP")
     axes[0, 0].set_ylabel("Vendi score")
     figure.tight_layout()
+    _legend_below(figure, max(axes[0], key=lambda ax: len(ax.get_legend_handles_labels()[0])), 2)
     return figure
 
 
@@ -266,6 +276,8 @@ def students(p: Params):
             row[1].set_xlim(0, 1)
     axes[-1, 0].set_xlabel("JVP cosine with the teacher, z → x0")
     axes[-1, 1].set_xlabel("scene accuracy" if "scene" in result["quality"] else "PickScore")
+    for name, colour in (("base", COLOURS["base"]), ("GAD", COLOURS["gad"]), ("another variant", "#949494")):
+        axes[0, 1].plot([], [], "o", ms=4, color=colour, label=name)
     for ax in axes[0]:
         ax.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     figure.tight_layout()

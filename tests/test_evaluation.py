@@ -79,6 +79,12 @@ def test_difference_is_paired_and_tighter_than_the_models_own():
     base, gad = result(cos, scene), result(cos + 0.1, scene)
     found = geometry.difference([base], [gad], 500, 1)
     assert found["cos"] == pytest.approx((0.1, 0.1, 0.1)) and found["scene"] == (0, 0, 0)
+    assert found["off"] == found["spectral_kl"] == (0, 0, 0)
+    far = result(cos, scene)
+    far["endpoint"] |= {"ratio": np.full(96, 0.5), "spectrum": np.tile([0.75, 0.25], (96, 1))}
+    worse = geometry.difference([base], [far], 500, 1)
+    assert worse["off"] == pytest.approx([np.log(2)] * 3)  # half the norm is as far off as twice
+    assert worse["spectral_kl"] == pytest.approx([0.5 * np.log(4 / 3)] * 3)
     own = geometry.measure([base["endpoint"]], 500, 1)["cos"]
     assert own[2] - own[1] > 0.05
 
@@ -175,16 +181,21 @@ def test_claims_are_judged_by_the_grids_own_rows():
         ("sana", "TDM + GAD − base", "difference", "cos", 0.1, 0.05, 0.15),
         ("sana", "TDM + RKD − base", "difference", "cos", 0.2, 0.15, 0.25),
         ("sana", "TDM + GAD", "endpoint", "cos", 0.5, 0.4, 0.6),
-        ("sana", "TDM + GAD − base", "difference", "scene", -0.1, -0.13, -0.06),
         ("sana", "TDM + GAD − (TDM + unrelated tangents)", "difference", "cos", 0.01, -0.02, 0.04),
         ("sana", "TDM + GAD − (TDM + RKD)", "difference", "cos", 0.1, 0.05, 0.15),
     ], columns=keys)
     table4 = pd.DataFrame([
         ("sana", "TDM + GAD", 1, "change", 0.1, 0.05, 0.15), ("sana", "TDM + GAD", 2, "change", -0.1, -0.2, -0.05),
     ], columns=["backbone", "model", "step", "metric", "value", "low", "high"])
+    table3, table6 = (pd.DataFrame(rows, columns=["backbone", "model", "metric", "value", "low", "high"]) for rows in (
+        [("sana", "TDM + GAD − base", "scene accuracy", -0.1, -0.13, -0.06), ("sana", "TDM", "CLIP", 1, 1, 1)],
+        [("sana", "TDM", "mean shift", 0.5, 0.4, 0.6), ("sana", "TDM / teacher", "mean shift", 2, 1.5, 2.5)],
+    ))
     runs = [Run("sana", "tdm", v, 0) for v in ("base", "gad", "rkd", "unrelated")]
     p = SimpleNamespace(runs=lambda: runs, report=SimpleNamespace(loss=0.05, clip=0.02))
     others = {claim.table: table4 for claim in claims.CLAIMS}
-    found = claims.judge(p, others | {"table1": table1, "table4": table4})
-    assert found["verdict"].tolist() == ["reproduced", "undecided", "reproduced", "not reproduced", "reproduced"]
-    assert found["difference"].tolist() == [0.1, 0.01, 0.1, -0.1, -0.1]
+    found = claims.judge(p, others | {"table1": table1, "table3": table3, "table4": table4, "table6": table6})
+    assert found["difference"].tolist() == [0.1, 0.01, 0.1, -0.1, -0.1, 0.5]
+    verdicts = ["reproduced", "undecided", "reproduced", "not reproduced", "reproduced", "not reproduced"]
+    assert found["verdict"].tolist() == verdicts
+    assert found["student"].tolist()[-1] == "TDM"  # the claim that without GAD there is no shift

@@ -86,6 +86,12 @@ def test_no_stage_depends_on_all_backbones():
         assert not {"gad", "gad/backbones", "gad/backbones/__init__.py", "params.yaml"} & set(deps)
 
 
+def test_another_judge_or_prompt_of_photographs_reruns_what_it_concerns():
+    for name, stage in DVC.items():
+        if {"gad/worlds.py", "gad/benches.py"} & set(stage["deps"]):
+            assert "coco" in stage["params"], name
+
+
 def test_stage_ids_are_the_runs():
     from dvc.repo import Repo
 

@@ -18,13 +18,13 @@ PAPER = pd.DataFrame(  # Table 1 of the paper, PixArt-α at full size
 )
 COLUMNS = {
     "cos": "JVP cos ↑", "ratio": "Jac norm → 1", "spectral_kl": "Spec KL ↓", "mse": "JVP MSE ↓",
-    "relative": "JVP error, relative ↓", "value": "value error, relative ↓", "scene": "scene accuracy ↑",
-    "colour_count": "colours and count ↑", "share": "of its teacher's scenes", "pickscore": "PickScore ↑",
-    "openclip": "CLIP ↑",
+    "off": "Jac norm off 1 ↓", "relative": "JVP error, relative ↓", "value": "value error, relative ↓",
+    "scene": "scene accuracy ↑", "colour_count": "colours and count ↑", "share": "of its teacher's scenes",
+    "pickscore": "PickScore ↑", "openclip": "CLIP ↑",
 }
 USABLE = 0.85
 QUALITY = ("scene", "share", "colour_count", "pickscore", "openclip")
-DIFFERENCES = ("cos", "ratio", "relative", "value")
+DIFFERENCES = ("cos", "off", "spectral_kl", "mse", "relative", "value")
 
 
 def _mean(x):
@@ -44,6 +44,11 @@ SUMMARY = {
     "relative": _median,
     "value": _median,
 }
+
+
+def _off(x):
+    """How far norms are from the teacher's, either way."""
+    return np.abs(_mean(np.log(x)))
 
 
 def measure(rows: list[dict], n: int, noises: int) -> dict[str, tuple[float, float, float]]:
@@ -81,8 +86,8 @@ def share(results: list[dict], teacher: dict, n: int) -> dict[str, tuple[float, 
 
 
 def table1(p: Params) -> pd.DataFrame:
-    """Long form: backbone, model, map, metric, value, low, high; each variant minus its base, and GAD minus
-    each control, are paired over prompts."""
+    """Long form: backbone, model, map, metric, value, low, high; each variant minus its base, and GAD minus each
+    control and minus the base with the hybrid sampler, are paired over prompts."""
     n, noises, rows = p.report.bootstrap, p.evaluation.noises, []
 
     def add(backbone, model, where, measured):
@@ -104,6 +109,9 @@ def table1(p: Params) -> pd.DataFrame:
             add(backbone, name, "images", accuracy(results, n) | share(results, teacher, n))
             if variant == "base" and "hybrid" in results[0]:
                 hybrid, mixed = [r["hybrid"] for r in results], name + HYBRID
+                if (paradigm, "gad") in found:
+                    add(backbone, f"{label(Run(backbone, paradigm, 'gad', 0))} − ({mixed})", "difference",
+                        difference(hybrid, found[paradigm, "gad"], n, noises))
                 add(backbone, mixed, "endpoint", measure([r["endpoint"] for r in hybrid], n, noises))
                 add(backbone, mixed, "images", accuracy(hybrid, n) | share(hybrid, teacher, n))
             if variant != "base" and (paradigm, "base") in found:
@@ -119,14 +127,18 @@ def table1(p: Params) -> pd.DataFrame:
 def difference(base: list[dict], gad: list[dict], n: int, noises: int) -> dict[str, tuple[float, float, float]]:
     """A variant minus its base on the same prompts and noises: the difference of the summaries, resampled together."""
     out = {}
-    for where, each, keys in (
-        ("endpoint", noises, DIFFERENCES), ("quality", 1, tuple(base[0]["quality"]))
-    ):
-        for key in keys:
-            b, g = (np.concatenate([r[where][key] for r in rows]) for rows in (base, gad))
-            prompts = prompts_of(len(b) // len(base), each, len(base))
-            summary = SUMMARY.get(key, _mean)
-            out[key] = bootstrap(lambda i, b=b, g=g, summary=summary: summary(g[i]) - summary(b[i]), prompts, n)
+    own = {key: ("endpoint", key, SUMMARY[key]) for key in DIFFERENCES if key in SUMMARY}
+    own |= {"off": ("endpoint", "ratio", _off)} | {key: ("quality", key, _mean) for key in base[0]["quality"]}
+    for name, (where, key, summary) in own.items():
+        b, g = (np.concatenate([r[where][key] for r in rows]) for rows in (base, gad))
+        prompts = prompts_of(len(b) // len(base), noises if where == "endpoint" else 1, len(base))
+        out[name] = bootstrap(lambda i, b=b, g=g, summary=summary: summary(g[i]) - summary(b[i]), prompts, n)
+    b, g, t = (
+        np.concatenate([r["endpoint"][key] for r in rows])
+        for rows, key in ((base, "spectrum"), (gad, "spectrum"), (gad, "teacher_spectrum"))
+    )
+    prompts = prompts_of(len(b) // len(base), noises, len(base))
+    out["spectral_kl"] = bootstrap(lambda i: spectral_kl(g[i], t[i]) - spectral_kl(b[i], t[i]), prompts, n)
     return out
 
 
@@ -170,10 +182,13 @@ def write(p: Params) -> pd.DataFrame:
     text = [
         "# Table 1, geometry",
         f"{what} JVPs in fp32, {p.evaluation.prompts} test prompts, "
-        f"{p.evaluation.noises} noise(s) each; 95 % bootstrap intervals over prompts; distillation seeds "
-        f"{', '.join(map(str, p.seeds.distill))}. Cosines are means, norm ratios geometric means, "
+        f"{p.evaluation.noises} noise{'s' if p.evaluation.noises > 1 else ''} each; 95 % bootstrap intervals over "
+        f"prompts; {p.seeds.told}. Cosines are means, norm ratios geometric means, "
         "errors medians over noises: a few noises lie where the map is all but discontinuous. "
-        "A teacher compared with itself is 1, 1, 0, 0 by definition.",
+        "A teacher compared with itself is 1, 1, 0, 0 by definition. Rows before the students are floors and "
+        "ceilings: the teacher at another guidance scale or in half its steps; the untrained student, which is the "
+        "teacher's own network in the student's steps without guidance; the teacher's tangents of other noises. "
+        "JVP MSE is per element of a latent, and not on the paper's scale.",
         f"GAD: form `{p.gad.form}`, h = {p.gad.h}, λ = {p.gad.lam} on {_weighted(p)}.",
         "## Endpoint map z → x0, and images",
         wide(long, ["endpoint", "images"], [*geometry, *QUALITY]).to_markdown(index=False),

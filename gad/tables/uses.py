@@ -81,9 +81,10 @@ def merged(results: list):
 
 
 def interval(x, n: int) -> tuple[float, float, float]:
-    """(value, low, high) of a list over prompts, or of (value, draws)."""
+    """(value, low, high) of a list over prompts, or of (value, draws). Draws repeat prompts, which for FID and AP is
+    not what as many different ones would give: their spread is taken, about the value."""
     if isinstance(x, tuple):
-        return float(x[0]), *map(float, np.percentile(x[1], [2.5, 97.5]))
+        return float(x[0]), *map(float, x[0] + np.percentile(x[1] - np.mean(x[1]), [2.5, 97.5]))
     x = np.asarray(x, float)
     return bootstrap(lambda i: np.nanmean(x[i], -1), np.arange(len(x)), n)
 
@@ -113,7 +114,7 @@ def models(p: Params, backbone: str) -> dict[str, dict]:
 
 def long(p: Params) -> dict[str, pd.DataFrame]:
     """Each table in long form: backbone, model, metric, value, low, high; models named `… + GAD − base` are paired
-    differences, `… / teacher` what of the teacher's is left."""
+    differences, `… − teacher` too, `… / teacher` multiples of the teacher's."""
     n, rows = p.report.bootstrap, {name: [] for name in TABLES}
     for backbone in p.grid.backbones:
         found = models(p, backbone)
@@ -131,26 +132,35 @@ def long(p: Params) -> dict[str, pd.DataFrame]:
                 base = shown.get(name.removesuffix(" + GAD"))
                 if name.endswith(" + GAD") and base:
                     add(f"{name} − base", {k: interval(less(x, base[k]), n) for k, x in metrics.items()})
-                    if table == "figure5":
-                        add(f"{name} − base", _gap(metrics, base, shown["teacher"], n))
+                    for key in NEARER.get(table, ()):
+                        add(f"{name} − base", _gap(metrics, base, shown["teacher"], key, n))
+                if table == "table2" and name != "teacher":
+                    add(f"{name} − teacher", {
+                        k: interval(less(x, shown["teacher"][k]), n) for k, x in metrics.items() if k.startswith("self")
+                    })
                 if table == "table6" and name != "teacher":
                     add(f"{name} / teacher", _retained(metrics, shown["teacher"], n))
     columns = ["backbone", "model", "metric", "value", "low", "high"]
     return {name: pd.DataFrame(r, columns=columns) for name, r in rows.items()}
 
 
-def _gap(gad, base, teacher, n):
-    """How much nearer to the teacher's Vendi score (below zero) GAD has come."""
-    a, b, t = (np.asarray(x["Vendi"]) for x in (gad, base, teacher))
+NEARER = {"table6": ("mean shift", "mean ρ"), "figure5": ("Vendi", "layout Vendi")}  # of what the teacher's is the aim
+
+
+def _gap(gad, base, teacher, key, n):
+    """How much nearer to the teacher's `key` (below zero) GAD has come."""
+    if key not in gad:
+        return {}
+    a, b, t = (np.asarray(x[key]) for x in (gad, base, teacher))
 
     def change(i):
-        return abs(a[i].mean(-1) - t[i].mean(-1)) - abs(b[i].mean(-1) - t[i].mean(-1))
+        return abs(np.nanmean(a[i], -1) - np.nanmean(t[i], -1)) - abs(np.nanmean(b[i], -1) - np.nanmean(t[i], -1))
 
-    return {"distance from the teacher's Vendi": bootstrap(change, np.arange(len(a)), n)}
+    return {f"distance from the teacher's {key}": bootstrap(change, np.arange(len(a)), n)}
 
 
 def _retained(student, teacher, n):
-    """Shifts as shares of the teacher's, the prompts of both resampled together."""
+    """Shifts as multiples of the teacher's, the prompts of both resampled together."""
     out = {}
     for key in (k for k in student if k.startswith("shift") or k == "mean shift"):
         a, b = np.asarray(student[key], float), np.asarray(teacher[key], float)
@@ -166,16 +176,16 @@ def _paper(columns: list[str], rows: list[tuple]) -> str:
 
 
 PAPER = {
-    "table2": ("## The paper's Table 2 (SD2 at full size; its protocol is not known)", _paper(
-        ["model", "self, %", "teacher alignment, %"],
-        [("SD2 teacher", 93.70, "–"), ("SD-Turbo", 77.80, 63.20), ("SwiftBrush", 52.90, 45.80), ("TCD", 87.30, 84.50),
-         ("LADD", 87.60, 83.70), ("LADD + GAD", 92.40, 87.40)])),
+    "table2": ("## The paper's Table 2 (SD2 at full size; as shares; its protocol is not known)", _paper(
+        ["model", "self", "teacher"],
+        [("SD2 teacher", 0.937, "–"), ("SD-Turbo", 0.778, 0.632), ("SwiftBrush", 0.529, 0.458), ("TCD", 0.873, 0.845),
+         ("LADD", 0.876, 0.837), ("LADD + GAD", 0.924, 0.874)])),
     "table3": ("## The paper's Table 3", "CLIP and PickScore over all backbones and paradigms are not lower with GAD; "
-               "SiD on SANA: CLIP 32.75 → 34.40."),
-    "table5": ("## The paper's Table 5 (SD2 at full size, COCO, YOLOv4 as the detector)", _paper(
+               "SiD on SANA: CLIP 0.3275 → 0.3440 as a cosine."),
+    "table5": ("## The paper's Table 5 (SD2 at full size, COCO, YOLOv4 as the detector; as shares)", _paper(
         ["model", "AP", "AP50", "CLIP"],
-        [("SD2 teacher", 6.6, 21.3, 0.3333), ("SD-Turbo", 3.0, 8.4, 0.3237), ("LADD", 5.0, 17.4, 0.3187),
-         ("LADD + GAD", 5.8, 20.6, 0.3184)])),
+        [("SD2 teacher", 0.066, 0.213, 0.3333), ("SD-Turbo", 0.030, 0.084, 0.3237), ("LADD", 0.050, 0.174, 0.3187),
+         ("LADD + GAD", 0.058, 0.206, 0.3184)])),
     "table6": ("## The paper's Table 6", "The teacher's best noise for an attribute is of use to students with GAD, "
                "and of none to those without; its numbers are not at hand."),
     "figure5": ("## The paper's Figure 5", "GAD moves all three backbones toward the teacher's corner of Vendi and "
@@ -192,7 +202,7 @@ def _section(part: pd.DataFrame, metrics: list[str], title: str, keep: Callable[
 
 
 def _own(name):
-    return not name.endswith(("− base", "/ teacher"))
+    return not name.endswith(("− base", "− teacher", "/ teacher"))
 
 
 def _difference(name):
@@ -215,7 +225,8 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
     quality, diversity = [*QUALITY.values(), "FID"], [*DIVERSITY.values(), "CLIP"]
     layout = [f"guided, {k}" for k in ("AP", "AP50", *LAYOUT.values())]
     floors = [f"{how}, {k}" for how in ("free", "shuffled") for k in ("AP", "AP50", "IoU", "centre, px")]
-    sweep = [f"{how}, {k}" for how in ("free", *map(str, sorted(u.sweep)), "guided") for k in ("AP50", "CLIP")]
+    scales = sorted({u.scale: "guided"} | {s: str(s) for s in u.sweep} | {0: "free"})
+    sweep = [f"{'guided' if s == u.scale else s or 'free'}, {k}" for s in scales for k in ("AP50", "CLIP")]
     shifts, rhos = ([m for m in dict.fromkeys(found["table6"]["metric"]) if m.startswith(s)] for s in ("shift", "ρ"))
     pages = {
         "table2": ["# Table 2, seeds told from images", (
@@ -225,14 +236,17 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             "noises."),
             *_section(found["table2"], named, "Accuracy", _own),
             *_section(found["table2"], named, "Differences, paired", _difference, "+.3g"),
+            *_section(found["table2"], named, "Students minus their teacher, paired", lambda m: m.endswith("− teacher"),
+                      "+.3g"),
             *_section(found["table2"], numbers, "Self, linear, top-1, by how many prompts are learnt from", _own)],
         "table3": ["# Table 3, quality", (
             f"{note} {seeds}."
             + on("mini", (
                 "CLIP: cosine by the world's own OpenCLIP model (data/judge/metrics.json says what it can tell apart); "
                 "scene accuracy, by the detector, stands where the paper has PickScore; FID on that model's features, "
-                "against the world's own layouts of the same prompts; few images make it large, and resampled prompts, "
-                "which repeat, larger: its intervals lean upward, and only differences are to be read."))
+                "against the world's own layouts of the same prompts; few images make it large, so that only "
+                "differences are to be read. Resampled prompts repeat, which makes it larger still: intervals are the "
+                "spread of such draws, about the value."))
             + on("coco", (
                 "Photographs: CLIP is OpenCLIP's cosine, of which the paper prints 100 times as much, and PickScore on "
                 "its authors' scale; no photograph is fetched, so there is no FID."))),
@@ -241,8 +255,9 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
         "table5": ["# Table 5, layout control without training", (
             f"{note} {u.layouts} prompts of objects and a box for each, of which the prompt says nothing. "
             f"Attention guidance at the student's first two times, {u.evals} gradients at each for every model, each "
-            f"moving the state by an RMS of {u.scale:g}. AP against the boxes by pycocotools; free: no guidance; "
-            "shuffled: guided into another prompt's boxes."
+            f"moving the state by an RMS of {u.scale:g} (guided). AP against the boxes by pycocotools, its intervals "
+            "the spread of resampled prompts about the value; free: no guidance; shuffled: guided into another "
+            "prompt's boxes; numbers: guided by moves of that RMS. "
             + on("mini", "Two objects a prompt; detections by the analytic detector.")
             + on("coco", (
                 "Photographs: captions of COCO that name things with one box each, and a detector that looks for these "
@@ -258,11 +273,13 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             "last: CLIP at the noise whose unprompted image is nearest to the prompt, less CLIP at the seeds."
             + on("coco", "Photographs: attributes of colour alone.")),
             *_section(found["table6"], ["mean shift", *shifts], "Shift", _own),
-            *_section(found["table6"], ["mean shift", *shifts], "What is left of the teacher's",
+            *_section(found["table6"], ["mean shift", *shifts], "Shift, as a multiple of the teacher's",
                       lambda m: m.endswith("/ teacher")),
             *_section(found["table6"], ["mean ρ", *rhos, "CLIP, nearest less usual"], "Rank correlation", _own),
-            *_section(found["table6"], ["mean shift", "mean ρ", "CLIP, nearest less usual"], "Differences, paired",
-                      _difference, "+.3g")],
+            *_section(found["table6"], [
+                "mean shift", "mean ρ", *(f"distance from the teacher's {k}" for k in NEARER["table6"]),
+                "CLIP, nearest less usual",
+            ], "Differences, paired", _difference, "+.3g")],
         "figure5": ["# Figure 5, diversity and fidelity", (
             f"{note} {seeds}. Vendi: of a prompt's images by the judge's features, at most {u.seeds}."
             + on("mini", (
@@ -270,8 +287,8 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
                 "near to."))
             + on("coco", "Photographs: features are DINOv2's.")),
             *_section(found["figure5"], diversity, "Diversity", _own),
-            *_section(found["figure5"], [*diversity, "distance from the teacher's Vendi"], "Differences, paired",
-                      _difference, "+.3g")],
+            *_section(found["figure5"], [*diversity, *(f"distance from the teacher's {k}" for k in NEARER["figure5"])],
+                      "Differences, paired", _difference, "+.3g")],
     }
     for name, text in pages.items():
         save(name, found[name], [*text, *PAPER[name]])
