@@ -79,7 +79,7 @@ CLAIMS = (
 def verdict(low: float, high: float, sign: int, margin: float = 0.0) -> str:
     """Of an interval [low, high] of a difference that is claimed to have `sign`; `margin`: how far beyond zero still
     counts."""
-    low, high = sorted((sign * low + margin, sign * high + margin))
+    low, high = sorted(round(sign * x + margin, 12) for x in (low, high))  # rounding is no difference
     return "reproduced" if low > 0 else "not reproduced" if high < 0 else "undecided"
 
 

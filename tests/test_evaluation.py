@@ -168,7 +168,7 @@ def test_table4_change_is_against_the_base(monkeypatch, tmp_path):
         (0.1, 0.2, 1, 0, "reproduced"), (-0.1, 0.2, 1, 0, "undecided"), (-0.2, -0.1, 1, 0, "not reproduced"),
         (-0.2, -0.1, -1, 0, "reproduced"), (0.1, 0.2, -1, 0, "not reproduced"),
         (-0.04, 0.01, 1, 0.05, "reproduced"), (-0.09, 0.01, 1, 0.05, "undecided"),
-        (-0.09, -0.06, 1, 0.05, "not reproduced"),
+        (-0.09, -0.06, 1, 0.05, "not reproduced"), (1e-17, 0.1, 1, 0, "undecided"), (1e-17, 0.1, -1, 0, "undecided"),
     ],
 )
 def test_verdicts(low, high, sign, margin, said):

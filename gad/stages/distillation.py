@@ -77,7 +77,7 @@ def publish(run: Run, p: Params) -> dict:
 
 NOTE = """# What was tried
 
-Miniature students at other settings than those of `params.yaml`, or of paradigms outside its grid. Each row is made by
+Miniature students at settings that were tried; where none stand, those of `params.yaml`. Each row is made by
 `python -m gad --set KEY=VALUE … trial BACKBONE PARADIGM VARIANT`, on prompts and noises that no table uses, with a 95 %
 bootstrap interval over prompts. One seed a row.
 
