@@ -257,7 +257,7 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             f"Attention guidance at the student's first two times, {u.evals} gradients at each for every model, each "
             f"moving the state by an RMS of {u.scale:g} (guided). AP against the boxes by pycocotools, its intervals "
             "the spread of resampled prompts about the value; free: no guidance; shuffled: guided into another "
-            "prompt's boxes; numbers: guided by moves of that RMS. "
+            "prompt's boxes; numbers: guided by moves of that RMS."
             + on("mini", "Two objects a prompt; detections by the analytic detector.")
             + on("coco", (
                 "Photographs: captions of COCO that name things with one box each, and a detector that looks for these "
