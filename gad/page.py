@@ -19,17 +19,17 @@ from .params import ROOT, Params
 ORDER = ("summary", "teachers", *(f"table{i}" for i in range(1, 7)))  # others follow by name
 MEASURED = {  # the stage whose results a table or figure shows, and the keys of params.yaml that say of how much
     "teachers": ("teacher", "teacher.prompts"),
-    "summary": ("evaluate", "evaluation.prompts evaluation.noises evaluation.quality_prompts"),
-    "table1": ("evaluate", "evaluation.prompts evaluation.noises evaluation.quality_prompts"),
+    **dict.fromkeys(
+        ("summary", "table1"), ("evaluate", "evaluation.prompts evaluation.noises evaluation.quality_prompts")
+    ),
     "table2": ("use", "uses.seeds uses.prompts uses.train uses.fit"),
     "table3": ("use", "uses.seeds uses.prompts uses.draws"),
     "table4": ("evaluate", "evaluation.trajectory_prompts"),
     "table5": ("use", "uses.layouts uses.evals uses.scale uses.sweep uses.draws"),
     "table6": ("use", "uses.library uses.picks uses.query uses.seeds uses.prompts"),
-    "figure5": ("use", "uses.seeds uses.prompts"),
     "figure2": ("evaluate", "evaluation.prompts endpoints.probes"),
     "precision": ("diagnose", ""),
-    "seeds": ("use", "uses.seeds uses.prompts"),
+    **dict.fromkeys(("figure5", "seeds"), ("use", "uses.seeds uses.prompts")),
     **dict.fromkeys(("samples", "students", "before_after"), ("evaluate", "evaluation.prompts")),
 }
 LONG = 8  # rows; a longer table is folded, unless it is its section's first

@@ -32,7 +32,7 @@ def write(p: Params) -> list:
         figure = draw(p)
         name = {"published": "precision"}.get(draw.__name__, draw.__name__)
         made.append(paths.FIGURES / f"{name}.png")
-        how = {"dpi": 120} if draw in (samples, seeds) else {}  # the pictures' own resolution
+        how = {"dpi": 120} if draw in (samples, seeds) else {}  # near the pictures' own resolution
         figure.savefig(made[-1], bbox_inches="tight", metadata={"Software": None}, pil_kwargs={"optimize": True}, **how)
         plt.close(figure)
     return made

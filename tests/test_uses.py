@@ -149,7 +149,7 @@ def result(vendi=3.0, shift=1.0, ap=0.5):
 
 SMALL = {
     "grid.backbones": ["sana"],
-    **{f"further.{b}.backbones": ["sana"] for b in ("baselines", "controls", "maps", "baseline_maps")},
+    **{f"further.{b}.backbones": ["sana"] for b in params.Further.model_fields},
     "report.bootstrap": 50,
 }
 
