@@ -9,7 +9,7 @@ PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help install reproduce test test-fast smoke demo lab lint strip lock clean
+.PHONY: help install reproduce test test-fast test-8bit smoke demo lab lint strip lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -34,6 +34,10 @@ test: install ## all tests
 
 test-fast: install ## the tests that take seconds
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+test-8bit: install ## those of the 8-bit optimiser, with bitsandbytes beside the environment
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target build/8bit --no-deps bitsandbytes==0.50.2
+	PYTHONPATH=build/8bit $(BIN)/python -m pytest tests/test_memory.py -k 8_bits
 
 smoke: install ## the whole graph from nothing at its smallest, in a temporary copy
 	$(BIN)/python -m gad.pipeline smoke --jobs $(JOBS)

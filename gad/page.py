@@ -3,6 +3,7 @@ from reports/, params.yaml, dvc.yaml or CITATION.cff; page.html.j2 has none."""
 
 import re
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import reduce
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
@@ -16,40 +17,54 @@ from PIL import Image
 from . import paths
 from .params import ROOT, Params
 
+FIRST = "before_after"
 ORDER = ("summary", "teachers", *(f"table{i}" for i in range(1, 7)))  # others follow by name
-MEASURED = {  # the stage whose results a table or figure shows, and the keys of params.yaml that say of how much
+MEASURED = {  # the stages, * for their further blocks, that measure a result; keys of params.yaml that say on how much
     "teachers": ("teacher", "teacher.prompts"),
-    **dict.fromkeys(
-        ("summary", "table1"), ("evaluate", "evaluation.prompts evaluation.noises evaluation.quality_prompts")
-    ),
-    "table2": ("use", "uses.seeds uses.prompts uses.train uses.fit"),
-    "table3": ("use", "uses.seeds uses.prompts uses.draws"),
-    "table4": ("evaluate", "evaluation.trajectory_prompts"),
-    "table5": ("use", "uses.layouts uses.evals uses.scale uses.sweep uses.draws"),
-    "table6": ("use", "uses.library uses.picks uses.query uses.seeds uses.prompts"),
-    "figure2": ("evaluate", "evaluation.prompts endpoints.probes"),
+    "summary": ("evaluate", "evaluation.prompts evaluation.noises evaluation.quality_prompts"),
+    "table1": ("diagnose evaluate*", "evaluation.prompts evaluation.noises evaluation.quality_prompts"),
+    "table2": ("references use*", "uses.seeds uses.prompts uses.train uses.fit"),
+    "table3": ("references use*", "uses.seeds uses.prompts uses.draws"),
+    "table4": ("diagnose evaluate*", "evaluation.trajectory_prompts"),
+    "table5": ("references use*", "uses.layouts uses.evals uses.scale uses.sweep uses.draws"),
+    "table6": ("references use*", "uses.library uses.picks uses.query uses.seeds uses.prompts"),
+    "figure2": ("diagnose distill evaluate", "evaluation.prompts endpoints.probes"),
+    "figure5": ("references use*", "uses.seeds uses.prompts"),
+    "layout": ("references use", "uses.layouts uses.evals uses.scale uses.sweep uses.draws"),
     "precision": ("diagnose", ""),
-    **dict.fromkeys(("figure5", "seeds"), ("use", "uses.seeds uses.prompts")),
-    **dict.fromkeys(("samples", "students", "before_after"), ("evaluate", "evaluation.prompts")),
+    "seeds": ("references use", "uses.seeds uses.prompts"),
+    "students": ("teacher diagnose evaluate*", "evaluation.prompts evaluation.quality_prompts"),
+    **dict.fromkeys(("samples", FIRST), ("evaluate", "evaluation.prompts")),
 }
 LONG = 8  # rows; a longer table is folded, unless it is its section's first
-FIRST = "before_after"
 FIGURES = {  # alternative text, caption
     "world": ("Coloured shapes on plain grounds, with captions.", "The world that stands for photographs."),
     FIRST: ("Bars of JVP cosines by backbone, without and with GAD; pictures of the same noises by all three models.",
             "JVP cosine with the teacher, with intervals; the same noises through the teacher and both students."),
     "figure2": ("Curves of value errors and JVP cosines over noise level and over training, a row a backbone.",
-                "Values and tangents: of the local map over noise levels, of noise to image over training."),
-    "figure5": ("Points of Vendi score against CLIP, a panel a backbone, with arrows from without to with GAD.",
-                "Diversity against fidelity; an arrow leads from a student without GAD to the one with it."),
+                "Values and tangents: of the local map over noise levels, with intervals; of noise to image over "
+                "training, means of few noises without intervals. Line with its interval: the teacher at another "
+                "guidance scale."),
+    "figure5": ("Points of two Vendi scores, of features and of places, against CLIP, a column a backbone, with arrows "
+                "from without to with GAD.",
+                "Diversity against fidelity; an arrow leads from a student without GAD to the one with it. Above, by "
+                "the judge's features: these count flaws as variety, and the world's own images, dashed, have none: "
+                "a lower score may mean fewer flaws. Below, by the places of objects alone: the variety that a "
+                "prompt leaves open; images that lack an object are left out, which lowers it."),
+    "layout": ("Curves of AP50 against CLIP over the size of a guided move, a panel a backbone, a line a model.",
+               "Layout control against fidelity to the prompt, from no guidance (hollow) to the largest move. "
+               "Control that costs nothing would go straight up. AP50 is against the boxes, CLIP with the prompt; both "
+               "have their intervals."),
     "students": ("Points with intervals, a row a student: JVP cosine on the left, scene accuracy on the right.",
                  "Every student, those with something else in GAD's place too, between floors and teacher."),
     "seeds": ("Columns of small scenes, six seeds down, by teacher and students, of one prompt a backbone.",
-              "The same six seeds down the rows: teacher, students without and with GAD."),
+              "The same six seeds down the rows: teacher, students without and with GAD, under the prompt above them."),
     "samples": ("Rows of small scenes in pairs, teacher above student, for every backbone without and with GAD.",
                 "The same prompts and noises through teacher (above) and student (below)."),
     "precision": ("Curves of reported cosines against the size of a difference and against the true cosine.",
-                  "What finite differences report, by size and precision; dotted: as published, the paper's values."),
+                  "What finite differences report, by size and precision (left), and of students whose true cosine is "
+                  "known, the teacher with noise on its weights (right): means of few noises, without intervals. "
+                  "Dotted: the released size, the paper's values."),
 }
 ITEM = re.compile(r"\$\{item\.(\w+)\}")  # in a stage's keys
 MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table")
@@ -106,10 +121,11 @@ def cell(text: str) -> str:
 
 
 def judged(sections: list[Section]) -> list[dict]:
-    """The claims of claims.md. A result's `mark`: value, low and high of its interval in per cent of a line whose
-    middle is zero, as long as the claim's results need; none where they aren't numbers."""
+    """The claims of claims.md, a section with results each. A result's `mark`: value, low and high of its interval in
+    per cent of a line whose middle is zero, as long as the claim's results need; none where they aren't numbers."""
     claims = []
-    for title, table, parts in ((s.title, s.table, s.parts) for s in sections if s.table):
+    for title, table, parts in ((s.title, s.table, s.parts) for s in sections
+                                 if s.table and "difference" in s.table.head):
         rows = [dict(zip(table.head, row, strict=True)) for row in table.rows]
         numbers = [[float(x) for x in re.findall(r"[+-]?[\d.]+(?:e[+-]\d+)?", row["difference"])] for row in rows]
         reach = 1.06 * max((abs(x) for found in numbers for x in found), default=0) or 1
@@ -162,9 +178,11 @@ def write(p: Params) -> Path:
     path = paths.REPORTS / "index.html"
     path.write_text(environment.get_template("page.html.j2").render(
         p=p, stages=stages, maker=maker, rule=claims[0].parts, claims=judged(claims), long=LONG, first=FIRST,
+        overview=[s for s in claims if s.table and "difference" not in s.table.head],
         tables={f.stem: parse(f.read_text()) for f in texts}, csv={f.stem for f in paths.TABLES.glob("*.csv")},
         measured={
-            n: (by, [(k, reduce(getattr, k.split("."), p)) for k in keys.split()]) for n, (by, keys) in MEASURED.items()
+            n: ([s for s in stages if any(fnmatch(s, x) for x in by.split())],
+                [(k, reduce(getattr, k.split("."), p)) for k in keys.split()]) for n, (by, keys) in MEASURED.items()
         },
         figures={n: (*pictures[n], *FIGURES[n]) for n in FIGURES if n in pictures},
         paper=yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]) + "\n")

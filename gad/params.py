@@ -280,9 +280,14 @@ class Uses(_Section):
 
 
 class Report(_Section):
+    """Resamples behind each interval, and the numbers of the rule behind each verdict (gad/claims.py)."""
+
     bootstrap: PositiveInt
     loss: NonNegative
     clip: NonNegative
+    shift: NonNegative
+    match: Positive
+    most: Annotated[float, Field(ge=0.5, lt=1)]
 
 
 class Params(_Section):

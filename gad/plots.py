@@ -9,6 +9,7 @@ import seaborn as sns
 from PIL import Image
 
 from . import paths, tables
+from .benches import BENCHES
 from .evaluation.geometry import bootstrap
 from .evaluation.precision import PUBLISHED
 from .params import Params, Run
@@ -28,7 +29,7 @@ def write(p: Params) -> list:
     use_style()
     paths.FIGURES.mkdir(parents=True, exist_ok=True)
     made = []
-    for draw in (world, figure2, figure5, published, samples, seeds, before_after, students):
+    for draw in (world, figure2, figure5, layout, published, samples, seeds, before_after, students):
         figure = draw(p)
         name = {"published": "precision"}.get(draw.__name__, draw.__name__)
         made.append(paths.FIGURES / f"{name}.png")
@@ -57,9 +58,22 @@ def _runs(p: Params, backbone: str):
     return [r for r in p.grid.runs(p.seeds.distill[:1]) if r.backbone == backbone]
 
 
-def _interval(values, key: str, n=500):
+def _interval(p: Params, values, key: str):
     values, summary = np.asarray(values), tables.SUMMARY[key]
-    return bootstrap(lambda i: summary(values[i]), np.arange(len(values)), n)
+    return bootstrap(lambda i: summary(values[i]), np.arange(len(values)), p.report.bootstrap)
+
+
+def _across(ax, stats, label: str, ls="-", upright=False):
+    """A line through the panel at a value that is no student's, with its interval; `upright`: on the x axis."""
+    line, band = (ax.axvline, ax.axvspan) if upright else (ax.axhline, ax.axhspan)
+    line(stats[0], color=COLOURS["teacher"], ls=ls, lw=1, label=label)
+    band(stats[1], stats[2], color=COLOURS["teacher"], alpha=0.1, lw=0)
+
+
+def _cross(ax, x, y, colour):
+    """The intervals of a point, (value, low, high) each."""
+    (a, *xerr), (b, *yerr) = ((v, [v - low], [high - v]) for v, low, high in (x, y))
+    ax.errorbar(a, b, xerr=xerr, yerr=yerr, fmt="none", lw=0.8, ecolor=colour, alpha=0.35)
 
 
 def figure2(p: Params):
@@ -71,7 +85,7 @@ def figure2(p: Params):
             result, colour, name = tables.read(paths.result(run)), COLOURS[run.variant], tables.label(run)
             levels = [float(k) for k in result["local"]]
             for ax, key in zip(row[:2], ("value", "cos"), strict=True):
-                stats = np.array([_interval(result["local"][k][key], key) for k in result["local"]])
+                stats = np.array([_interval(p, result["local"][k][key], key) for k in result["local"]])
                 ax.plot(levels, stats[:, 0], marker="o", ls=lines[run.paradigm], ms=3, color=colour, label=name)
                 ax.fill_between(levels, stats[:, 1], stats[:, 2], color=colour, alpha=0.2, lw=0)
             probes = pd.read_csv(paths.probe(run))
@@ -79,8 +93,7 @@ def figure2(p: Params):
                 ax.plot(probes["step"], probes[key], marker="o", ls=lines[run.paradigm], ms=3, color=colour, label=name)
         floors = tables.read(paths.diagnosis(backbone) / "floors.json")
         for ax, key in zip(row[2:], ("value", "cos"), strict=True):
-            ax.axhline(tables.SUMMARY[key](floors["teacher, CFG + 1"][key]), color=COLOURS["teacher"], lw=1,
-                       label="teacher, guidance scale + 1")
+            _across(ax, _interval(p, floors["teacher, CFG + 1"][key], key), "teacher, guidance scale + 1")
         for values, cosines in (row[:2], row[2:]):
             values.set_yscale("log")
             cosines.set_ylim(0, 1)
@@ -109,43 +122,75 @@ def _legend_below(figure, ax, rows: int):
                   ncols=max(1, -(-len(shown) // max(1, rows))))
 
 
+VENDI = {"vendi": "Vendi score\nof the judge's features", "layout_vendi": "Vendi score\nof objects' places"}
+
+
 def figure5(p: Params):
-    """Vendi score against CLIP, a panel a backbone: arrows from a student without to the one with GAD; a marker a
-    paradigm. The world's own images, far off, are in the title."""
-    backbones = p.grid.backbones
-    figure, axes = plt.subplots(1, len(backbones), figsize=(3.6 * len(backbones), 3.4), squeeze=False)
+    """Vendi scores against CLIP, a column a backbone: arrows from a student without to the one with GAD; a marker a
+    paradigm. The judge's features count flaws as variety, of which the world's own images have none; of places the
+    world's own score is what there is to reach."""
+    backbones, n = p.grid.backbones, p.report.bootstrap
+    found = {b: uses.models(p, b) for b in backbones}
+    keys = [k for k in VENDI if any(k in r["diversity"] for models in found.values() for r in models.values())]
+    figure, axes = plt.subplots(len(keys), len(backbones), figsize=(3.6 * len(backbones), 0.4 + 2.7 * len(keys)),
+                                squeeze=False, sharex="col")
     markers = dict(zip(p.names, cycle("osD^vP<X>d"), strict=False))
-    for ax, backbone in zip(axes[0], backbones, strict=True):
-        at, title = {}, backbone
-        found = uses.models(p, backbone)
+    for column, backbone in zip(axes.T, backbones, strict=True):
+        own = found[backbone]
         shown = {"teacher": ("*", COLOURS["teacher"])} | {
             tables.label(run): (markers[run.paradigm], COLOURS[run.variant])
-            for run in p.runs() if run.backbone == backbone and tables.label(run) in found
+            for run in p.runs() if run.backbone == backbone and tables.label(run) in own
         }
-        for name, (marker, colour) in shown.items():
-            result = found[name]
-            x, y = (uses.interval(v, 500) for v in (result["quality"]["clip"], result["diversity"]["vendi"]))
-            at[name] = x[0], y[0]
-            ax.errorbar(x[0], y[0], xerr=[[x[0] - x[1]], [x[2] - x[0]]], yerr=[[y[0] - y[1]], [y[2] - y[0]]],
-                        fmt="none", lw=0.8, ecolor=colour, alpha=0.35)
-            ax.plot(x[0], y[0], marker, ms=9 if marker == "*" else 5, color=colour, label=name)
-        if "the world" in found:
-            clip, vendi = (np.mean(found["the world"][a][b]) for a, b in (("quality", "clip"), ("diversity", "vendi")))
-            title += f" (the world: {clip:.2f}, {vendi:.2f})"
-        for name, end in at.items():
-            if name.endswith(" + GAD") and (start := at.get(name.removesuffix(" + GAD"))):
-                ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": COLOURS["gad"], "lw": 1.2})
-        ax.set_title(title, fontsize=9)
-        ax.set_xlabel("CLIP")
-    axes[0, 0].set_ylabel("Vendi score")
+        for ax, key in zip(column, keys, strict=True):
+            at = {}
+            for name, (marker, colour) in shown.items():
+                result = own[name]
+                x, y = (uses.interval(v, n) for v in (result["quality"]["clip"], result["diversity"][key]))
+                at[name] = x[0], y[0]
+                _cross(ax, x, y, colour)
+                ax.plot(x[0], y[0], marker, ms=9 if marker == "*" else 5, color=colour, label=name)
+            if "the world" in own:
+                _across(ax, uses.interval(own["the world"]["diversity"][key], n), "the world's own images", "--")
+            for name, end in at.items():
+                if name.endswith(" + GAD") and (start := at.get(name.removesuffix(" + GAD"))):
+                    ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": COLOURS["gad"], "lw": 1.2})
+        column[0].set_title(backbone, fontsize=9)
+        column[-1].set_xlabel("CLIP")
+    for row, key in zip(axes, keys, strict=True):
+        row[0].set_ylabel(VENDI[key])
     figure.tight_layout()
     _legend_below(figure, max(axes[0], key=lambda ax: len(ax.get_legend_handles_labels()[0])), 2)
     return figure
 
 
+def layout(p: Params):
+    """Layout control against what it costs, a panel a backbone: from no guidance (hollow) to the largest move."""
+    backbones, found = p.grid.backbones, uses.long(p)["table5"].set_index(["backbone", "model", "metric"])
+    moves = {0: "free", p.uses.scale: "guided"} | {s: str(s) for s in p.uses.sweep}
+    figure, axes = plt.subplots(1, len(backbones), figsize=(3.6 * len(backbones), 3.2), squeeze=False, sharey=True)
+    lines = dict(zip(p.grid.paradigms, cycle((("--", "s"), ("-.", "o"), (":", "D"))), strict=False))
+    for ax, backbone in zip(axes[0], backbones, strict=True):
+        shown = {"teacher": ("-", "*", COLOURS["teacher"])}
+        shown |= {tables.label(r): (*lines[r.paradigm], COLOURS[r.variant]) for r in _runs(p, backbone)}
+        for name, (line, marker, colour) in shown.items():
+            x, y = (found.loc[[(backbone, name, f"{moves[s]}, {k}") for s in sorted(moves)],
+                              ["value", "low", "high"]].to_numpy() for k in ("CLIP", "AP50"))
+            ax.plot(x[:, 0], y[:, 0], ls=line, marker=marker, ms=7 if marker == "*" else 4, lw=1.1, color=colour,
+                    label=name)
+            ax.plot(x[0, 0], y[0, 0], marker, ms=7 if marker == "*" else 4, mfc="white", mec=colour)
+            for a, b in zip(x, y, strict=True):
+                _cross(ax, a, b, colour)
+        ax.set_title(backbone, fontsize=9)
+        ax.set_xlabel("CLIP")
+    axes[0, 0].set_ylabel("AP50")
+    figure.tight_layout()
+    _legend_below(figure, axes[0, 0], 2)
+    return figure
+
+
 def published(p: Params):
-    """What finite differences report: against h in each precision, and for students of known cosine at the
-    published setting."""
+    """What finite differences report: against h in each precision, and for students of known cosine at the released
+    setting. Means over a few noises."""
     n = len(p.grid.backbones)
     figure, axes = plt.subplots(n, 2, figsize=(8.5, 2.7 * n), squeeze=False)
     shades = dict(zip(("fp32", "fp16", "bf16"), sns.color_palette("colorblind", 3), strict=True))
@@ -157,22 +202,22 @@ def published(p: Params):
         left.set(xscale="log", xlabel="h, per element", ylim=(-0.1, 1.05))
         left.set_ylabel(f"{backbone}\ncosine with the exact JVP")
         left.axvline(PUBLISHED, color="gray", ls=":", lw=1)
-        left.text(PUBLISHED, 1.07, "published", ha="center", fontsize=7, color="gray")
+        left.text(PUBLISHED, 1.07, "as released", ha="center", fontsize=7, color="gray")
         known = pd.read_csv(paths.diagnosis(backbone) / "published.csv")
         right.plot(known["exact_cos"], known["ours_cos"], "o-", color=shades["fp32"],
                    label="fp32, h = 0.01 per element")
         right.plot(known["exact_cos"], known["released_cos"], "s--", color=shades["fp16"],
-                   label="fp16, ‖hv‖ = 0.01 as published")
+                   label="fp16, ‖hv‖ = 0.01 as released")
         right.plot(known["exact_cos"], known["released_element_cos"], "s-", color=shades["fp16"],
-                   label="fp16, the published h per element")
+                   label="fp16, the released h per element")
         for ax, values in ((left, sweep.loc[sweep["precision"] == "fp16", "cos"]), (right, known["released_cos"])):
             if values.isna().all():
                 ax.text(0.97, 0.5, "fp16 overflows", transform=ax.transAxes, ha="right", fontsize=7,
                         color=shades["fp16"])
         for y in (0.012, 0.014):
-            right.axhline(y, color="gray", lw=0.7, ls=":")
-        right.text(right.get_xlim()[0], -0.07, " the paper's 0.012 and 0.014", fontsize=6.5, color="gray")
-        right.set(xlabel="true JVP cosine of the student", ylabel="reported cosine", ylim=(-0.1, 1.05))
+            right.axhline(y, color="black", lw=0.6, ls=":")
+        right.text(1, -0.03, "the paper's 0.012 and 0.014", fontsize=7, ha="right", va="top")
+        right.set(xlabel="true JVP cosine of the student", ylabel="reported cosine", xlim=(0, 1.03), ylim=(-0.1, 1.05))
     axes[0, 0].legend(frameon=False, fontsize=6)
     axes[0, 1].legend(frameon=False, fontsize=7, loc=(0.02, 0.62))
     figure.tight_layout()
@@ -194,11 +239,12 @@ def samples(p: Params):
 
 def seeds(p: Params):
     """The same seeds down the rows; teacher, students without and with GAD across, under two prompts (or one, where
-    there are several paradigms)."""
+    there are several paradigms), each above its columns."""
     backbones, across = p.grid.backbones, 1 + len(p.grid.paradigms) * len(p.grid.variants)
     n, columns = len(backbones), across * (2 if len(p.grid.paradigms) == 1 else 1)
     figure, axes = plt.subplots(n, columns, figsize=(0.95 * columns, 5.9 * n), squeeze=False)
     for row, backbone in zip(axes, backbones, strict=True):
+        prompts = BENCHES[p.backbones[backbone].world](backbone, p, "cpu").prompts
         models = [("teacher", paths.references(backbone) / "teacher.png")]
         models += [(tables.label(r), paths.use(r).with_suffix(".png")) for r in _runs(p, backbone)]
         for k, ax in enumerate(row):
@@ -209,6 +255,8 @@ def seeds(p: Params):
             ax.imshow(image[:, left:left + wide + 2])
             ax.set_title(name, fontsize=7)
             ax.axis("off")
+            if k % across == 0:
+                ax.text(0, 1.045, f"“{prompts[k // across]}”", transform=ax.transAxes, fontsize=8, va="bottom")
         row[0].text(-0.15, 0.5, backbone, transform=row[0].transAxes, rotation=90, va="center", fontsize=9)
     figure.subplots_adjust(wspace=0.04, hspace=0.08)
     return figure
@@ -221,7 +269,7 @@ def before_after(p: Params):
     rows = []
     for backbone in backbones:
         for run in _runs(p, backbone):
-            value, low, high = _interval(tables.read(paths.result(run))["endpoint"]["cos"], "cos")
+            value, low, high = _interval(p, tables.read(paths.result(run))["endpoint"]["cos"], "cos")
             rows.append((backbone, run, value, low, high))
     variants = list(dict.fromkeys((r.paradigm, r.variant) for _, r, *_ in rows))
     width, hatches = 0.8 / len(variants), dict(zip(p.grid.paradigms, cycle(("", "////", "....")), strict=False))
@@ -261,14 +309,14 @@ def students(p: Params):
         for y, run in enumerate(own):
             result = tables.read(paths.result(run))
             for ax, values in zip(row, (result["endpoint"]["cos"], tables.fit(result)), strict=True):
-                value, low, high = _interval(values, "cos")  # both are means
+                value, low, high = _interval(p, values, "cos")  # both are means
                 ax.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", ms=4, capsize=2, lw=1,
                             color=COLOURS.get(run.variant, "#949494"))
         floors = tables.read(paths.diagnosis(backbone) / "floors.json")
         for name, style in (("untrained student", ":"), ("teacher, CFG + 1", "--")):
-            row[0].axvline(np.mean(floors[name]["cos"]), color=COLOURS["teacher"], ls=style, lw=1, label=name)
-        teacher = np.mean(tables.fit(tables.read(paths.teacher_metrics(backbone))))
-        row[1].axvline(teacher, color=COLOURS["teacher"], ls="-", lw=1, label="teacher")
+            _across(row[0], _interval(p, floors[name]["cos"], "cos"), name, style, upright=True)
+        teacher = tables.fit(tables.read(paths.teacher_metrics(backbone)))
+        _across(row[1], _interval(p, teacher, "cos"), "teacher", upright=True)
         row[0].set_yticks(range(len(own)), [tables.label(r) for r in own])
         row[0].set_ylim(len(own) - 0.5, -0.5)
         row[0].set_ylabel(backbone)

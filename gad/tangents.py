@@ -1,5 +1,5 @@
 """What is computed of a teacher once and kept on disk: its exact responses along its paths, which GAD's output forms
-learn from, and samples, which some paradigms do."""
+learn from, samples, which some paradigms do, and paths that its students' are measured against."""
 
 import json
 from dataclasses import dataclass
@@ -93,6 +93,46 @@ class Samples:
         except (OSError, SafetensorError) as error:
             raise _unreadable(path, error) from None
         return Samples(backbone.noise(len(x0), int(meta["seed"])), x0, backbone.encode(json.loads(meta["prompts"])))
+
+
+@dataclass(frozen=True)
+class Paths:
+    """N paths of a teacher's sampler, without tangents: `states` (N, K + 1, C, H, W) at the student's K + 1 times, the
+    first of them the noise; `cond`: the prompts' conditions."""
+
+    states: Tensor
+    cond: Condition
+
+    def __len__(self):
+        return len(self.states)
+
+    @staticmethod
+    @torch.no_grad()
+    def of(
+        backbone: Backbone, z: Tensor, cond: Condition, times: Tensor, steps: int, cfg: float, batch: int = 64
+    ) -> "Paths":
+        """Where the teacher's sampler, of `steps` steps under guidance `cfg`, takes noises z (N, C, H, W)."""
+        parts = [
+            backbone.path(backbone.network, z[i:i + batch], cond[i:i + batch], steps, cfg, times.to(z.device))
+            for i in tqdm(range(0, len(z), batch), "the teacher's paths", disable=None)
+        ]
+        return Paths(torch.cat([z[:, None], torch.cat(parts)[:, 1:]], 1), cond)
+
+    def save(self, path: Path, prompts: list[str], seed: int):
+        """All but the noises and `cond`, which follow from `seed` and `prompts`. In fp32: errors may be small."""
+        meta = {"prompts": json.dumps(prompts), "seed": str(seed)}
+        save_file({"states": self.states[:, 1:].cpu().contiguous()}, path, meta)
+
+    @staticmethod
+    def load(path: Path, backbone: Backbone) -> "Paths":
+        """On the backbone's device; noises from their seed, prompts encoded anew."""
+        try:
+            with safe_open(path, "pt", str(backbone.device)) as f:
+                states, meta = f.get_tensor("states"), f.metadata()
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(path, error) from None
+        z = backbone.noise(len(states), int(meta["seed"]))
+        return Paths(torch.cat([z[:, None], states], 1), backbone.encode(json.loads(meta["prompts"])))
 
 
 def _unreadable(path, error):

@@ -13,6 +13,12 @@ from gad.world import autoencoder, scenes
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: workers that take file after file then end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def perturb(module, scale=0.05, seed=1):
     """Add noise to every weight: at initialisation biases are zero and gates small, so Jacobians are tame."""
     generator = torch.Generator().manual_seed(seed)

@@ -25,26 +25,68 @@ SMOKE = yaml.safe_load((ROOT / "tests/smoke.yaml").read_text())
 RUN = "sana-tdm-gad-0"
 
 
-def gad(folder, *arguments, **options):
-    command = [sys.executable, "-W", "ignore", "-m", "gad", *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "TQDM_DISABLE": "1"}
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            **options)
+# Imports take longer than what most of these tests do: one process has them done, and forks for each command.
+FORKS = """
+import json, os, sys
+import gad.stages
+from gad.__main__ import main
+for line in sys.stdin:
+    arguments, *files = json.loads(line)
+    if (pid := os.fork()) == 0:
+        for number, file in enumerate(files, 1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        code = main(arguments)
+        sys.stdout.flush()
+        os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
 
 
-def done(folder, *arguments):
-    process = gad(folder, *arguments)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
+def environment(folder):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "TQDM_DISABLE": "1"}
+
+
+class Place:
+    """A copy of the package, and commands in it."""
+
+    def __init__(self, folder):
+        self.folder, self.out, self.err = folder, folder / "out.txt", folder / "err.txt"
+        command = [sys.executable, "-W", "ignore", "-c", FORKS]
+        self.server = subprocess.Popen(
+            command, cwd=folder, env=environment(folder), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __truediv__(self, name):
+        return self.folder / name
+
+    def start(self, *arguments) -> int:
+        """`python -m gad arguments`; returns its process id."""
+        print(json.dumps([arguments, str(self.out), str(self.err)]), file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline())
+
+    def ended(self) -> tuple[int, str, str]:
+        """Its exit code, output and errors, once it is done."""
+        return int(self.server.stdout.readline()), self.out.read_text(), self.err.read_text()
+
+    def run(self, *arguments):
+        self.start(*arguments)
+        return self.ended()
+
+    def done(self, *arguments):
+        code, out, err = self.run(*arguments)
+        assert code == 0, err
+        return out
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = sandbox(tmp_path_factory.mktemp("gad") / "copy", SMOKE)
+    place = Place(sandbox(tmp_path_factory.mktemp("gad") / "copy", SMOKE))
     for arguments in (("autoencoder", "dc"), ("teacher", "sana"), ("diagnose", "sana")):
-        done(folder, *arguments)
-    return folder
+        place.done(*arguments)
+    yield place
+    place.server.stdin.close()
+    assert place.server.wait(60) == 0
 
 
 DISTILL = ("--set", "distill.steps=40", "--set", "distill.save_every=2", "distill", "sana", "tdm", "gad")
@@ -54,25 +96,25 @@ def kill_on_its_way(place):
     """Start the student and SIGKILL it after its first checkpoint; returns the checkpoint."""
     state = place / "data/.resume" / RUN / "state.safetensors"
     assert not state.exists()  # a finished run leaves none
-    process = gad(place, *DISTILL)
+    process = psutil.Process(place.start(*DISTILL))
     while not state.exists():
-        assert process.poll() is None, process.stderr.read()
+        assert process.is_running(), place.ended()
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert place.ended()[0] == -signal.SIGKILL
     return state
 
 
 @pytest.mark.slow
 def test_killed_student_resumes_with_the_same_bits(place):
-    done(place, *DISTILL)
+    place.done(*DISTILL)
     kept = place / "whole"
     kept.mkdir()
     for part in ("students", "logs", "probes"):
         shutil.move(place / "data" / part, kept / part)
     kill_on_its_way(place)
     assert not (place / "data/students" / RUN).exists()
-    done(place, *DISTILL)
+    place.done(*DISTILL)
     for part in ("students", "logs", "probes"):
         files = [f.relative_to(kept) for f in (kept / part).rglob("*") if f.is_file()]
         assert files
@@ -89,9 +131,8 @@ def test_killed_student_resumes_with_the_same_bits(place):
 
     state = kill_on_its_way(place)
     state.write_bytes(state.read_bytes()[:-10])
-    process = gad(place, *DISTILL)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 1 and "is not a readable checkpoint" in error and "Traceback" not in error
+    code, _, error = place.run(*DISTILL)
+    assert code == 1 and "is not a readable checkpoint" in error and "Traceback" not in error
 
 
 SHARED = ("--set", "distill.steps=3", "--set", "distill.batch=4", "--set", "gad.pairs=4", "--set",
@@ -102,8 +143,7 @@ def launch(folder, *arguments):
     """Two processes of one machine. On GPUs `accelerate launch` starts them; on CPUs it would want MPI."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
                "29511", "-m", "gad", *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "TQDM_DISABLE": "1",
-           "ACCELERATE_USE_CPU": "true"}
+    env = environment(folder) | {"ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -126,15 +166,15 @@ def gap(a, b):
 def test_shared_batches_give_the_same_student(place):
     """One process; one in two parts, activations made anew; two processes; and these with one killed on the way."""
     shutil.rmtree(place / "data/.resume" / RUN, ignore_errors=True)
-    done(place, *SHARED)
+    place.done(*SHARED)
     alone, log = take(place)
     teacher = load_file(next((place / "data/teachers/sana/transformer").glob("*.safetensors")))
     assert gap(alone, teacher) > 5e-5  # it did train
-    done(place, "--set", "hardware.accumulate=2", "--set", "hardware.checkpointing=true", *SHARED)
+    place.done("--set", "hardware.accumulate=2", "--set", "hardware.checkpointing=true", *SHARED)
     parts, _ = take(place)
     assert gap(alone, parts) < 1e-5
 
-    process = launch(place, *SHARED)
+    process = launch(place.folder, *SHARED)
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert json.loads(out[out.index("{"):])["step"] == 3  # told once
@@ -142,7 +182,7 @@ def test_shared_batches_give_the_same_student(place):
     assert gap(alone, two) < 1e-5
     pd.testing.assert_frame_equal(log, shared, rtol=1e-3)
 
-    process = launch(place, *SHARED)
+    process = launch(place.folder, *SHARED)
     state = place / "data/.resume" / RUN / "state.safetensors"
     while not state.exists():
         assert process.poll() is None, process.stderr.read()
@@ -152,7 +192,7 @@ def test_shared_batches_give_the_same_student(place):
     _, error = process.communicate(timeout=300)
     assert process.returncode != 0 and state.exists()
     assert "Signal 9 (SIGKILL) received" in error  # the launcher says who died
-    process = launch(place, *SHARED)
+    process = launch(place.folder, *SHARED)
     assert process.communicate(timeout=300) and process.returncode == 0
     resumed, _ = take(place)
     assert gap(two, resumed) == 0
@@ -160,40 +200,36 @@ def test_shared_batches_give_the_same_student(place):
 
 @pytest.mark.slow
 def test_batches_that_cannot_be_shared_stop_before_work(place):
-    process = gad(place, "--set", "hardware.accumulate=3", *SHARED)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 1 and "distill.batch=4 cannot be shared" in error and "multiple of 3" in error
+    code, _, error = place.run("--set", "hardware.accumulate=3", *SHARED)
+    assert code == 1 and "distill.batch=4 cannot be shared" in error and "multiple of 3" in error
     assert "Traceback" not in error
-    process = gad(place, "--set", "hardware.accumulate=2", "--set", "controls.map.pairs=3", *SHARED[:-1], "map")
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 1 and "controls.map.pairs=3 cannot be shared" in error
+    code, _, error = place.run("--set", "hardware.accumulate=2", "--set", "controls.map.pairs=3", *SHARED[:-1], "map")
+    assert code == 1 and "controls.map.pairs=3 cannot be shared" in error
 
 
 @pytest.mark.slow
 def test_a_tracker_sees_losses_probes_and_samples(place):
-    done(place, *SHARED, "--track", "tensorboard")
+    place.done(*SHARED, "--track", "tensorboard")
     take(place)
     seen = EventAccumulator(str(place / "data/tracking/gad"), size_guidance={"images": 0}).Reload().Tags()
     assert {"student", "fake", "gad", "student_norm", "probe/cos"} <= {*seen["scalars"]}
     assert any("samples" in tag for tag in seen["images"])
-    process = gad(place, *SHARED, "--track", "wandb")
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 1 and "track='wandb' is not installed: pip install wandb" in error
+    code, _, error = place.run(*SHARED, "--track", "wandb")
+    assert code == 1 and "track='wandb' is not installed: pip install wandb" in error
 
 
 @pytest.mark.slow
 def test_divergence_stops_with_one_line_and_keeps_the_checkpoint(place):
-    process = gad(place, "--set", "paradigms.tdm.lr=1.0e+30", "--set", "distill.steps=20", "--set",
-                  "distill.save_every=1", "distill", "sana", "tdm", "base")
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 1 and "loss is nan" in error and "Traceback" not in error
+    code, _, error = place.run("--set", "paradigms.tdm.lr=1.0e+30", "--set", "distill.steps=20", "--set",
+                               "distill.save_every=1", "distill", "sana", "tdm", "base")
+    assert code == 1 and "loss is nan" in error and "Traceback" not in error
     assert (place / "data/.resume/sana-tdm-base-0/state.safetensors").exists()
     assert not (place / "data/students/sana-tdm-base-0").exists()
 
 
 @pytest.mark.slow
 def test_cost_has_a_row_for_every_paradigm(place):
-    rows = json.loads(done(place, "--set", "paradigms.dmd.ratio=2", "cost", "sana", "2"))
+    rows = json.loads(place.done("--set", "paradigms.dmd.ratio=2", "cost", "sana", "2"))
     assert [r["paradigm"] for r in rows] == list(yaml.safe_load((ROOT / "params.yaml").read_text())["paradigms"])
     for row in rows:
         assert row["seconds"] > 0 and row["gad_low"] <= row["gad"] <= row["gad_high"]
@@ -204,10 +240,10 @@ def test_cost_has_a_row_for_every_paradigm(place):
 @pytest.mark.slow
 def test_trials_keep_a_row_each_and_no_student(place):
     trial = ("--set", "distill.steps=2", "trial", "sana", "ladd", "base")
-    first = json.loads(done(place, *trial))
+    first = json.loads(place.done(*trial))
     assert first["scene_low"] <= first["scene"] <= first["scene_high"] and abs(first["cos"]) <= 1
-    done(place, *trial)  # again: the same row
-    done(place, "--set", "paradigms.ladd.recon=0.5", *trial)
+    place.done(*trial)  # again: the same row
+    place.done("--set", "paradigms.ladd.recon=0.5", *trial)
     rows = (place / "reports/tuning.csv").read_text().splitlines()
     assert len(rows) == 3 and "paradigms.ladd.recon=0.5" in rows[2]
     assert (place / "reports/tuning.md").read_text().count("| ladd ") == 2

@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-from gad import claims
+from gad import claims, paths
 from gad.evaluation import trajectory
 from gad.evaluation.geometry import bootstrap, compare, local_rows, row, spectral_kl, spectrum, tangents
 from gad.params import Run
 from gad.tables import geometry, trajectories
-from gad.tangents import Tangents
+from gad.tangents import Paths, Tangents
 
 
 def normal(*shape, seed=0):
@@ -127,10 +127,11 @@ def test_trajectory_of_the_teacher_itself_has_no_error_and_another_adds_its_step
     """The teacher with as many steps and no guidance strays nowhere; a student's first step is its own error alone;
     one that always returns what is given to it is away by the teacher's own move."""
     backbone = mini("sana")
-    z, cond = backbone.noise(len(prompts), 0), backbone.encode(prompts)
-    same = trajectory.errors(backbone, backbone.network, z, cond, 4, 4, 1.0, 1)
+    z, cond, times = backbone.noise(len(prompts), 0), backbone.encode(prompts), backbone.times(4)
+    itself, guide = Paths.of(backbone, z, cond, times, 4, 1.0, 1), Paths.of(backbone, z, cond, times, 20, 3.0)
+    same = trajectory.errors(backbone, backbone.network, itself, 1)
     assert max(map(max, same["relative"])) < 1e-6 and np.shape(same["rmse"]) == (len(prompts), 4)
-    guided = trajectory.errors(backbone, backbone.network, z, cond, 4, 20, 3.0)
+    guided = trajectory.errors(backbone, backbone.network, guide)
     assert [r[0] for r in guided["relative"]] == pytest.approx([r[0] for r in guided["local"]])
     assert min(map(min, guided["local"])) > 0
 
@@ -141,25 +142,57 @@ def test_trajectory_of_the_teacher_itself_has_no_error_and_another_adds_its_step
         def __call__(self, x, **kwargs):
             return (torch.zeros_like(x),)
 
-    still = trajectory.errors(backbone, Still(), z, cond, 4, 20, 3.0)
+    still = trajectory.errors(backbone, Still(), guide)
     end = backbone.sample(backbone.network, z, cond, 20, 3.0)
     away = ((z - end).flatten(1).norm(dim=1) / end.flatten(1).norm(dim=1)).tolist()
     assert [r[-1] for r in still["relative"]] == pytest.approx(away, rel=1e-3)
+    before, after = guide.states[:, :-1].flatten(2), guide.states[:, 1:].flatten(2)
+    moves = (before - after).norm(dim=2) / after.norm(dim=2)  # what the teacher does in each step, it leaves out
+    assert np.array(still["local"]) == pytest.approx(moves.numpy(), rel=1e-3)
 
 
-def test_table4_change_is_against_the_base(monkeypatch, tmp_path):
+def test_paths_come_back_from_disk_to_the_bit(mini, prompts, tmp_path):
+    backbone = mini("sana")
+    cond, file = backbone.encode(prompts), tmp_path / "unseen.safetensors"
+    made = Paths.of(backbone, backbone.noise(len(prompts), 5), cond, backbone.times(4), 8, 2.0)
+    made.save(file, prompts, 5)
+    found = Paths.load(file, backbone)
+    assert torch.equal(found.states, made.states) and torch.equal(found.cond.embeds, cond.embeds)
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="run the diagnose stage again"):
+        Paths.load(file, backbone)
+
+
+def test_table4_is_against_the_base_and_its_parts_add_up(monkeypatch, tmp_path):
     rng = np.random.default_rng(0)
     base = rng.uniform(0.5, 1, (50, 2))
-    errors = {"base": base, "gad": 0.9 * base}
+    errors = {"base": (base, base * [1, 0.5]), "gad": (0.9 * base, base * [0.9, 0.3])}
     monkeypatch.setattr(trajectories, "models", lambda p, b: {
-        ("tdm", v): [{"trajectory": dict.fromkeys(("relative", "rmse", "local"), x.tolist())}]
-        for v, x in errors.items()
+        ("tdm", v): [{"trajectory": {"relative": x.tolist(), "rmse": x.tolist(), "local": own.tolist()}}]
+        for v, (x, own) in errors.items()
     })
-    grid = SimpleNamespace(backbones=["sana"])
-    long = trajectories.table4(SimpleNamespace(report=SimpleNamespace(bootstrap=200), grid=grid))
+    monkeypatch.setattr(paths, "TABLES", tmp_path)
+    p = SimpleNamespace(report=SimpleNamespace(bootstrap=200), grid=SimpleNamespace(backbones=["sana"]),
+                        evaluation=SimpleNamespace(trajectory_prompts=50))
+    long = trajectories.write(p)
+    assert dict(zip(long["step"], long["t"], strict=True)) == {1: 0.5, 2: 0}
     change = long[long["metric"] == "change"]
     assert set(change["model"]) == {"TDM + GAD"} and change["value"].to_numpy() == pytest.approx([-0.1, -0.1])
     assert change["low"].to_numpy() == pytest.approx([-0.1, -0.1])
+
+    def at(model, metric):
+        return long[(long["model"] == model) & (long["metric"] == metric)][["value", "low", "high"]].to_numpy()
+
+    assert at("TDM", "inherited")[:, 0] == pytest.approx([0, 0.5 * base[:, 1].mean()])
+    less = {m: at("TDM + GAD − base", m) for m in trajectories.PARTS}
+    assert less["local"][:, 0] == pytest.approx(-base.mean(0) * [0.1, 0.2])
+    assert less["inherited"][:, 0] == pytest.approx(base.mean(0) * [0, 0.1])
+    assert less["relative"][:, 0] == pytest.approx(less["local"][:, 0] + less["inherited"][:, 0])
+    own = at("TDM + GAD", "local")  # pairs are tighter than either
+    assert (np.ptp(less["local"][:, 1:], axis=1) < np.ptp(own[:, 1:], axis=1)).all()
+    text = (tmp_path / "table4.md").read_text()
+    assert text.count("## ") == 6 and text.index("t = 0.5") < text.index("t = 0 ") and text.endswith(
+        trajectories.PAPER + "\n")
 
 
 @pytest.mark.parametrize(
@@ -169,10 +202,25 @@ def test_table4_change_is_against_the_base(monkeypatch, tmp_path):
         (-0.2, -0.1, -1, 0, "reproduced"), (0.1, 0.2, -1, 0, "not reproduced"),
         (-0.04, 0.01, 1, 0.05, "reproduced"), (-0.09, 0.01, 1, 0.05, "undecided"),
         (-0.09, -0.06, 1, 0.05, "not reproduced"), (1e-17, 0.1, 1, 0, "undecided"), (1e-17, 0.1, -1, 0, "undecided"),
+        (-0.04, 0.01, 0, 0.05, "reproduced"), (-0.04, 0.1, 0, 0.05, "undecided"),
+        (0.06, 0.1, 0, 0.05, "not reproduced"), (-0.2, -0.06, 0, 0.05, "not reproduced"),
+        (-0.2, 0.2, 0, 0.05, "undecided"),
     ],
 )
 def test_verdicts(low, high, sign, margin, said):
     assert claims.verdict(low, high, sign, margin) == said
+
+
+@pytest.mark.parametrize(
+    "verdicts, said",
+    [
+        ("rrr", "reproduced"), ("rru", "reproduced"), ("ruu", "undecided"), ("ru", "undecided"), ("rrrrn", "mixed"),
+        ("nnu", "not reproduced"), ("nuu", "undecided"), ("uuu", "undecided"), ("r", "reproduced"),
+    ],
+)
+def test_verdict_on_a_claim_as_a_whole(verdicts, said):
+    names = {"r": "reproduced", "u": "undecided", "n": "not reproduced"}
+    assert claims.whole([names[v] for v in verdicts], 0.5) == said
 
 
 def test_claims_are_judged_by_the_grids_own_rows():
@@ -181,6 +229,7 @@ def test_claims_are_judged_by_the_grids_own_rows():
         ("sana", "TDM + GAD − base", "difference", "cos", 0.1, 0.05, 0.15),
         ("sana", "TDM + RKD − base", "difference", "cos", 0.2, 0.15, 0.25),
         ("sana", "TDM + GAD", "endpoint", "cos", 0.5, 0.4, 0.6),
+        ("sana", "TDM", "endpoint", "value", 0.05, 0.02, 0.08), ("sana", "TDM", "endpoint", "relative", 1.0, 0.05, 1.5),
         ("sana", "TDM + GAD − (TDM + unrelated tangents)", "difference", "cos", 0.01, -0.02, 0.04),
         ("sana", "TDM + GAD − (TDM + RKD)", "difference", "cos", 0.1, 0.05, 0.15),
     ], columns=keys)
@@ -192,10 +241,17 @@ def test_claims_are_judged_by_the_grids_own_rows():
         [("sana", "TDM", "mean shift", 0.5, 0.4, 0.6), ("sana", "TDM / teacher", "mean shift", 2, 1.5, 2.5)],
     ))
     runs = [Run("sana", "tdm", v, 0) for v in ("base", "gad", "rkd", "unrelated")]
-    p = SimpleNamespace(runs=lambda: runs, report=SimpleNamespace(loss=0.05, clip=0.02))
+    p = SimpleNamespace(runs=lambda: runs, report=SimpleNamespace(loss=0.05, clip=0.02, match=0.1, shift=0.1))
     others = {claim.table: table4 for claim in claims.CLAIMS}
     found = claims.judge(p, others | {"table1": table1, "table3": table3, "table4": table4, "table6": table6})
-    assert found["difference"].tolist() == [0.1, 0.01, 0.1, -0.1, -0.1, 0.5]
-    verdicts = ["reproduced", "undecided", "reproduced", "not reproduced", "reproduced", "not reproduced"]
-    assert found["verdict"].tolist() == verdicts
-    assert found["student"].tolist()[-1] == "TDM"  # the claim that without GAD there is no shift
+    assert [(*row,) for row in found[["difference", "student", "verdict"]].to_numpy()] == [
+        (0.05, "TDM", "reproduced"),  # values match, below 0.1
+        (1.0, "TDM", "undecided"),  # tangents do not, above it
+        (0.1, "TDM + GAD", "reproduced"),
+        (-0.1, "TDM + GAD", "not reproduced"),  # of Table 3's scenes
+        (-0.1, "TDM + GAD", "reproduced"),  # at the trajectory's end
+        (0.1, "TDM + GAD, step 1", "not reproduced"),
+        (0.5, "TDM", "not reproduced"),  # that without GAD there is no shift
+        (0.01, "TDM + GAD − (TDM + unrelated tangents)", "undecided"),
+        (0.1, "TDM + GAD − (TDM + RKD)", "reproduced"),
+    ]

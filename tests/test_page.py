@@ -153,13 +153,28 @@ def test_marks_are_where_the_intervals_are(reports):
     assert claim["rows"][1]["mark"] is None
 
 
+def test_claims_that_are_not_the_papers_and_an_overview(reports):
+    head = "# C\n\nRule.\n\n## All\n\n| claim | as a whole |\n|:--|:--|\n| A | mixed |\n"
+    row = "| backbone | student | difference | verdict |\n|:--|:--|:--|:--|\n| a | s | -0.5 [-1, -0.1] | reproduced |\n"
+    (reports / "claims.md").write_text(f"{head}\n## A\n\nThe paper: x.\n\n{row}\n## B\n\nOurs.\n\n{row}")
+    found = made()
+    said = [plain(e["text"]) for e in found.find("div", inside="verdicts")
+            if e["attrs"].get("class") == "claim-paper"]
+    assert said == ["thepaper’sx.", "Ours."]
+    assert [e["text"] for e in found.find("th", "td", inside="verdicts")] == ["claim", "as a whole", "A", "mixed"]
+    assert len(found.find("li", inside="results")) == 2
+
+
 def test_the_papers_numbers_stand_apart(reports):
     found = made()
-    for name in ("table1", "table4"):
-        ours, theirs = re.split(r"\n(?=## The paper's|The paper \()", (reports / f"tables/{name}.md").read_text())
+    for name in (f"table{i}" for i in range(1, 7)):
+        parts = re.split(r"\n(?=## |The paper \()", (reports / f"tables/{name}.md").read_text())
+        theirs = [x for x in parts if x.startswith(("## The paper's", "The paper ("))]
+        ours = [x for x in parts if x not in theirs]
         shown = [plain(e["text"]) for e in found.find("th", "td", inside="theirs") if name in e["inside"]]
-        assert shown == cells(theirs)
-        assert [plain(e["text"]) for e in found.find("th", "td", inside=name, without="theirs")] == cells(ours)
+        assert theirs and shown == cells("\n".join(theirs))
+        assert [plain(e["text"]) for e in found.find("th", "td", inside=name, without="theirs")] == cells(
+            "\n".join(ours))
     paragraph = next(e for e in found.find("p", inside="table4") if e["text"].startswith("The paper"))
     assert "theirs" in paragraph["inside"]
 
@@ -175,6 +190,13 @@ def test_how_to_rerun_is_what_dvc_and_params_say(reports):
                 (row,) = (r["text"] for r in rows if out.removeprefix("reports/").split(".")[0] + "\n" in r["text"])
                 assert f"dvc repro --allow-missing {name}" in row
                 assert all(key in row for key in stages[name]["params"])
+    known = page.graph(params.load())
+    for code in found.find("code", inside="rerun"):
+        if code["text"].startswith("dvc repro "):
+            names = code["text"].removeprefix("dvc repro ").removeprefix("--allow-missing ").split()
+            assert set(names) <= set(known), names
+    table1 = next(r["text"] for r in rows if r["text"].strip().startswith("tables/table1"))
+    assert "dvc repro diagnose evaluate evaluate-baselines evaluate-controls evaluate-maps" in table1
     for command in re.findall(r"python -m gad (\w+)", found.find("pre")[0]["text"]):
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])

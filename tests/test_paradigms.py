@@ -1,13 +1,15 @@
-"""GAD's forms against closed forms on linear-Gaussian models, and TDM on the real networks."""
+"""GAD's forms against closed forms on linear-Gaussian models, and paradigms on the real networks."""
 
 import gc
-import warnings
+from functools import cache
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import perturb
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, TCDScheduler
 from torch import nn
 
 from gad import params
@@ -18,7 +20,7 @@ from gad.paradigms import PARADIGMS
 from gad.paradigms.base import Batch, Point
 from gad.paradigms.forms import FORMS, _relations, gad_loss
 from gad.tangents import Samples, Tangents
-from gad.training import step_generator, train
+from gad.training import step_generator, train, update
 
 D = 4
 P = params.load()
@@ -225,11 +227,26 @@ def test_every_scales_and_skips(linear):
     assert torch.allclose(values[0], 3 * once)
 
 
-@pytest.fixture
-def setting(backbone):
+@cache
+def prepared(backbone):
+    """Two prompts, the teacher's exact tangents for them, once a backbone, and all its weights as they were."""
     cond = backbone.encode(["a red circle", "a green square and a blue triangle"])
     z, v = backbone.noise(2, 0), backbone.noise(2, 1)
-    return SimpleNamespace(backbone=backbone, cond=cond, tangents=Tangents(*found(backbone, z, v, cond, 2.0), cond))
+    t = Tangents(*found(backbone, z, v, cond, 2.0), cond)
+    return SimpleNamespace(backbone=backbone, cond=cond, tangents=t, weights=copies(*parts(backbone)))
+
+
+def parts(backbone):
+    return backbone.network, backbone.pipeline.vae, backbone.pipeline.text_encoder
+
+
+def copies(*modules):
+    return [v.clone() for module in modules for v in module.state_dict().values()]
+
+
+@pytest.fixture
+def setting(backbone):
+    return prepared(backbone)
 
 
 def found(backbone, z, v, cond, cfg):
@@ -275,51 +292,114 @@ CASES = [
 
 def task_of(name, setting, form):
     paradigm = PARADIGMS[name](setting.backbone, 4, 2.0, P.paradigms[name], P.distill)
-    gad = P.gad.model_copy(update={"form": form, "lam": 1.0, "pairs": 2}) if form else None
+    relational = form in ("rkd", "similarity")  # of which two samples have next to none, and four small ones
+    over = {"form": form, "lam": 1e3 if relational else 1.0, "pairs": 4 if relational else 2}
+    gad = P.gad.model_copy(update=over) if form else None
     samples = Samples(setting.tangents.z, setting.tangents.x0, setting.tangents.cond)
     return Distillation(paradigm, setting.cond, setting.tangents, gad, 2, 0, samples)
 
 
+def stepped(name, setting, form):
+    """One optimiser step as training makes it: (task, weights of its roles before, what it logs)."""
+    torch.manual_seed(0)  # of what a role begins with: heads, a LoRA
+    task = task_of(name, setting, form)
+    accelerator = Accelerator(cpu=True)
+    for k, role in task.roles.items():
+        if k == "fake":  # which begins as the teacher, where some students rest
+            perturb(nn.ParameterList(role.params))
+        role.optimisers = [accelerator.prepare(o) for o in role.optimisers]
+    before = {k: {n: v.clone() for n, v in role.module.state_dict().items()} for k, role in task.roles.items()}
+    return task, before, update(task, 0, 0, 1.0, accelerator)
+
+
+@cache
+def base_row(name, backbone):
+    return stepped(name, prepared(backbone), None)[2]
+
+
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_one_step_moves_what_it_should(setting, name, form):
-    task = task_of(name, setting, form)
-    paradigm = task.paradigm
-    if name == "swiftbrush":  # its fake begins as the teacher, so its student at rest
-        perturb(torch.nn.ParameterList(paradigm.roles["fake"].params))
-    before = {k: v.clone() for k, v in paradigm.teacher.state_dict().items()}
-    losses = task.losses(0, step_generator(0, 0))
-    assert all(torch.isfinite(v) for v in losses.values()) and ("gad" in losses) == bool(form)
-    for role, trained in paradigm.roles.items():
-        losses[role].backward(inputs=trained.params)
-        moved = [p for p in trained.params if p.grad is not None and p.grad.abs().sum() > 0]
-        assert len(moved) > 0.8 * len(trained.params), role  # the hinge may leave biases alone
-    assert all(p.grad is None for p in paradigm.teacher.parameters())
-    assert all(torch.equal(before[k], v) for k, v in paradigm.teacher.state_dict().items())
+    """Each role moves by its learning rate, which weight decay alone does not; GAD changes the student's gradient and
+    nothing else; what no role trains keeps every bit: teacher, VAE and text encoder, and the weights under a LoRA."""
+    task, before, row = stepped(name, setting, form)
+    assert all(np.isfinite(v) for v in row.values()) and ("gad" in row) == bool(form)
+    for k, role in task.roles.items():
+        trained = {n for n, p in role.module.named_parameters() if p.requires_grad}
+        moves = {n: (v - before[k][n]).abs().max() for n, v in role.module.state_dict().items()}
+        moved = [n for n in trained if moves[n] > role.lr / 2]
+        assert len(moved) > 0.8 * len(trained), k  # the hinge may leave biases alone
+        assert all(moves[n] == 0 for n in moves.keys() - trained), k
+        assert (len(trained) < len(moves)) == (name == "swiftbrush" and k == "fake")
+    for module in parts(setting.backbone):
+        assert not any(p.requires_grad or p.grad is not None for p in module.parameters())
+    assert all(map(torch.equal, copies(*parts(setting.backbone)), setting.weights))
+    if form:
+        base = base_row(name, setting.backbone)
+        assert {k for k in row if row[k] != base.get(k)} == {"gad", "student", "student_norm"}
 
 
-@pytest.mark.parametrize("name", PARADIGMS)
-def test_steps_leave_no_memory_behind(mini, name, prompts):
-    backbone = mini("sana")
-    cond = backbone.encode(prompts)
-    z, v = backbone.noise(2, 0), backbone.noise(2, 1)
-    task = task_of(name, SimpleNamespace(
-        backbone=backbone, cond=cond, tangents=Tangents(*found(backbone, z, v, cond, 2.0), cond)
-    ), "step")
+def test_role_without_a_loss_stays(mini):
+    """DMD's student learns at each `ratio`-th step only; its fake at each."""
+    task, _, _ = stepped("dmd", prepared(mini("sana")), "step")
+    before = {k: copies(role.module) for k, role in task.roles.items()}
+    row = update(task, 1, 0, 1.0, Accelerator(cpu=True))
+    same = {k: all(map(torch.equal, before[k], copies(role.module))) for k, role in task.roles.items()}
+    assert same == {"fake": False, "student": True} and "student" not in row
+
+
+@pytest.fixture
+def frozen():
+    """Objects of before are not looked at, which takes seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("frozen")
+@pytest.mark.parametrize(("name", "form"), [
+    (name, form) for name, paradigm in PARADIGMS.items() for form in ("step", "paired-score")
+    if form not in NEED_A_FAKE or paradigm.form == "score"
+])
+def test_steps_leave_no_memory_behind(mini, name, form):
+    """A step's graph goes with it, though the paradigm keeps the last `point`, of which the forms with scores need the
+    graph. Steps 0 and 5 are turns of DMD's student, 1 is not."""
+    task, _, _ = stepped(name, prepared(mini("sana")), form)
+    accelerator = Accelerator(cpu=True)
 
     def live(step):
-        losses = task.losses(step, step_generator(0, step))
-        for role, trained in task.roles.items():
-            if role in losses:
-                losses[role].backward(inputs=trained.params)
-        del losses
-        task.paradigm.point = None
+        update(task, step, 0, 1.0, accelerator)
         gc.collect()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # lazy modules dislike being asked
-            return sum(o.numel() for o in gc.get_objects() if isinstance(o, torch.Tensor))
+        return sum(o.numel() for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
 
     first = live(0)
-    assert live(5) <= first and live(10) <= first
+    assert (task.paradigm.point is not None) == (PARADIGMS[name].form == "score")
+    assert live(1) <= first and live(5) <= first
+
+
+@pytest.mark.parametrize("name", ["sd2", "pixart"])
+def test_steps_are_those_of_tcds_sampler_at_gamma_0(mini, name):
+    """What TCD students are measured with against diffusers' own TCD sampler, whose η is the paper's γ; with γ > 0 it
+    moves elsewhere. Its last move ends at the first level of the schedule, ours goes on to clean."""
+    backbone = mini(name)
+    cond = backbone.encode(["a red circle", "a blue square"])
+    ours = backbone.noise(2, 0)
+    theirs = TCDScheduler.from_config(backbone.pipeline.scheduler.config)
+    theirs.set_timesteps(4, original_inference_steps=1000)
+    times = backbone.times(4)
+    assert torch.equal(theirs.timesteps, (999 * times[:-1]).round().long())
+    with torch.no_grad():
+        for k, index in enumerate(theirs.timesteps):
+            t, s = (a.clamp(min=0).expand(2) for a in times[k:k + 2])
+            output = backbone.output(backbone.network, ours, t, cond)
+            moved = backbone.step(backbone.network, ours, t, s, cond)
+            theirs._step_index = k
+            expected = theirs.step(output, index, ours, eta=0.0).prev_sample
+            torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+            if k < 3:  # it adds no noise to the last
+                theirs._step_index = k
+                other = theirs.step(output, index, ours, 0.3, torch.Generator().manual_seed(0)).prev_sample
+                assert (other - moved).abs().max() > 0.1
+            ours = moved
 
 
 def test_student_rests_where_fake_and_real_agree(setting):

@@ -1,15 +1,19 @@
 """What noise is good for: a model equal to the teacher scores the ceiling, one that ignores its noise the floor."""
 
+import json
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from gad import benches, params
+from gad import benches, params, paths
 from gad.evaluation import diversity, noise_query
 from gad.params import ParamsError
 from gad.stages import uses as stage
+from gad.tables import teachers
 from gad.tables import uses as tables
 from gad.world import detector, scenes
 
@@ -134,14 +138,17 @@ def test_sizes_that_do_not_fit(key, value):
 
 def result(vendi=3.0, shift=1.0, ap=0.5):
     lists = {k: [0.5, 0.7, 0.6] for k in ("clip", "scene", "colour_count")}
-    how = {"ap": ap, "ap_draws": [ap, ap + 0.1], "ap50": ap, "ap50_draws": [ap, ap + 0.1], "iou": [0.1, 0.2],
-           "centre": [3.0, 4.0], "clip": [0.5, 0.6], "scene": [0, 1]}
+    how = {
+        h: {"ap": x, "ap_draws": [x, x + 0.1], "ap50": x, "ap50_draws": [x, x + 0.1], "iou": [0.1, 0.2],
+            "centre": [10 * x, 10 * x + 1], "clip": [0.5, 0.6], "scene": [0, 1]}
+        for h, x in {"free": 0.02, "shuffled": 0.4, "0.02": 0.2, "0.1": 0.99, "guided": ap}.items()
+    }
     kinds = {k: {"top1": [0.5, 0.7], "top5": [0.9, 1.0]} for k in ("linear", "cnn")}
     return {
         "quality": lists, "distance": {"fid": 1.0, "kid": 0.1, "fid_draws": [1.0, 1.2]},
         "diversity": {"vendi": [vendi] * 3, "layout_vendi": [2.0] * 3, "coverage": [0.5] * 3},
-        "seeds": {"self": kinds, "teacher": kinds, "prompts": {"12": kinds["linear"]}},
-        "layout": {h: how for h in ("free", "shuffled", "0.05", "guided")},
+        "seeds": {"self": kinds, "teacher": kinds, "prompts": {n: kinds["linear"] for n in ("9", "18", "36")}},
+        "layout": how,
         "query": {"shift": {"area": [shift, 2 * shift]}, "rho": {"area": [0.1, 0.2, 0.3]},
                   "clip_gain": [0.1, 0.0, 0.1]},
     }
@@ -175,6 +182,7 @@ def test_differences_are_gad_less_base(long):
     assert at(long["table6"], "TDM / teacher", "mean shift")["value"] == pytest.approx(0.25)
     nearer = at(long["table6"], "TDM + GAD − base", "distance from the teacher's mean shift")
     assert nearer["value"] == pytest.approx(-0.75)
+    assert at(long["figure5"], "TDM + GAD − base", "distance from the teacher's CLIP")["value"] == 0
     assert at(long["table2"], "TDM − teacher", "self, linear, top-1")["value"] == 0
     assert at(long["figure5"], "TDM + GAD − base", "distance from the teacher's Vendi")["value"] == pytest.approx(-1)
     assert "the world" not in set(long["table2"]["model"]) and "the world" in set(long["table3"]["model"])
@@ -193,13 +201,67 @@ def test_intervals():
     assert value == 0.5 and 0.35 < low < 0.5 < high < 0.65
 
 
-def test_pages_are_written(long, monkeypatch, tmp_path):
-    from gad import paths
+def test_shares_stay_shares_and_differences_do_not(long):
+    low, high = tables.interval((0.1, [0.0, 0.9]), 10)[1:]
+    assert low < 0 and tables.interval((0.1, [0.0, 0.9]), 10, share=True)[1:] == (0, high)
+    assert at(long["table5"], "TDM", "free, AP")["low"] == 0 and at(long["table5"], "TDM", "0.1, AP50")["high"] == 1
+    for ap in ("AP", "AP50"):
+        row = at(long["table5"], "TDM", f"guided − shuffled, {ap}")
+        assert row[["value", "low", "high"]].tolist() == pytest.approx([-0.1] * 3)  # paired draws, below zero
 
+
+def test_guidance_is_held_against_its_floors(long):
+    for model, ap in {"teacher": 0.5, "TDM": 0.3, "TDM + GAD": 0.4}.items():
+        for floor, its in {"free": 0.02, "shuffled": 0.4}.items():
+            for metric, unit in {"AP": 1, "AP50": 1, "centre, px": 10}.items():
+                row = at(long["table5"], model, f"guided − {floor}, {metric}")
+                assert row[["value", "low", "high"]].tolist() == pytest.approx([unit * (ap - its)] * 3)
+
+
+def test_no_multiple_of_what_may_be_nothing():
+    student = {"shift, area": [1.0, 2.0], "shift, warmth": [1.0, 2.0], "shift, saturation": [-1.0, -2.0]}
+    teacher = {"shift, area": [2.0, 4.0], "shift, warmth": [-1.0, 2.0], "shift, saturation": [-2.0, -4.0]}
+    found = tables._retained(student, teacher, 50)
+    assert set(found) == {"shift, area", "shift, saturation"}
+    assert all(x == pytest.approx((0.5, 0.5, 0.5)) for x in found.values())
+
+
+def test_accuracies_by_how_many_images_are_learnt_from(long):
+    found = set(long["table2"]["metric"])
+    assert {"216 images (9 prompts)", "432 images (18 prompts)", "864 images (36 prompts)"} <= found
+    assert not any(m.startswith("of ") for m in found)
+
+
+def test_every_attribute_is_explained():
+    assert [*tables.ATTRIBUTES] == [*noise_query.attributes(torch.ones(1, 3, 64, 64))]
+
+
+def test_pages_are_written(long, monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "TABLES", tmp_path)
-    p = params.load(**SMALL)
-    tables.write(p)
-    for name in tables.TABLES:
-        text = (tmp_path / f"{name}.md").read_text()
-        assert "TDM + GAD" in text and "The paper's" in text and "nan" not in text
+    monkeypatch.setattr(paths, "judge", lambda: tmp_path)
+    right = {"matched": 0.9, "shuffled": 0.1, "colour": [0.9, 0.8, 0.95], "shape": [0.7, 0.6, 0.75]}
+    judge = {"test": right | {"pairing": [0.5, 0.4, 0.6]}, "unseen": right | {"pairing": [0.3, 0.2, 0.4]}}
+    (tmp_path / "metrics.json").write_text(json.dumps(judge))
+    tables.write(params.load(**SMALL))
+    pages = {name: (tmp_path / f"{name}.md").read_text() for name in tables.TABLES}
+    for name, text in pages.items():
+        first, second, *others = re.findall(r"^## (.+)$", text, re.M)
+        assert "TDM + GAD" in text and "nan" not in text
+        assert "The paper's" not in first and second.startswith("The paper's") and "Differences, paired" in others
         assert {"model", "value", "low", "high"} <= set(pd.read_csv(tmp_path / f"{name}.csv").columns)
+    assert "Intervals rest on 12 test prompts" in pages["table2"] and "| 864 images (36 prompts)" in pages["table2"]
+    assert "0.9 [0.8, 0.95]" in pages["table3"] and "0.3 [0.2, 0.4]" in pages["table3"]
+    for column in ("guided − free, AP50", "guided − shuffled, centre, px", "shuffled, CLIP", "0.02, AP", "0.1, AP50"):
+        assert re.search(rf"^\|.* {re.escape(column)} ", pages["table5"], re.M), column
+    assert f"- area: {tables.ATTRIBUTES['area']}" in pages["table6"] and "- warmth" not in pages["table6"]
+
+
+@pytest.mark.parametrize("spread", [{}, {"spread": 8.0, "spread_world": 16.0}])
+def test_spread_of_teachers_is_told_without_interval(spread, monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "TABLES", tmp_path)
+    monkeypatch.setattr(paths, "teacher_metrics", lambda backbone: tmp_path / "teacher.json")
+    made = {"quality": {"scene": [0, 1, 1, 1], "colour_count": [1, 1, 1, 1]}, **spread}
+    (tmp_path / "teacher.json").write_text(json.dumps(made))
+    assert teachers.write(params.load(**SMALL))["sana"]["scene"] == 0.75
+    text = (tmp_path / "teachers.md").read_text()
+    assert all((x in text) == bool(spread) for x in ("8 prompts", "no interval", "share"))

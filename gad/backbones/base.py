@@ -68,6 +68,7 @@ class Backbone:
         self._null = None
 
     default_steps = 25
+    adapted = ("to_q", "to_v")  # the linear layers that a LoRA is put on, by their names in diffusers
     instruction, skipped = "", 0  # text before each prompt, and how many of its tokens' embeddings are left out
 
     @property
@@ -122,12 +123,15 @@ class Backbone:
             self._null = self.encode([""])
         return self._null
 
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Scaled latents to the decoder's images (B, 3, H, W), about in [-1, 1]; keeps gradients."""
+        vae = self.pipeline.vae
+        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float()
+
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 64) -> Tensor:
         """Scaled latents to images (B, 3, H, W) in [0, 1]."""
-        vae = self.pipeline.vae
-        parts = [vae.decode(z.to(vae.dtype) / vae.config.scaling_factor).sample for z in latents.split(batch)]
-        return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1)
+        return (torch.cat([self.pixels(z) for z in latents.split(batch)]) / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, batch: int = 64) -> Tensor:

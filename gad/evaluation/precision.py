@@ -15,6 +15,7 @@ from .geometry import compare, row, spectral_kl
 TIME = torch.tensor(0.7)
 STEPS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # h, RMS per element
 PUBLISHED = 1e-2 / (4 * 64 * 64) ** 0.5  # the released h, per element of the 512-px latents it is meant for
+WEIGHT_NOISE = (0.003, 0.03, 0.1, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)  # of known students, times each weight's spread
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -58,7 +59,7 @@ def known_students(backbone: Backbone, test, seed: int) -> pd.DataFrame:
     x_t = backbone.add_noise(test.x0, test.z, TIME.expand(len(test)))
     sphere = test.v / test.v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     rows = []
-    for noise in (0.003, 0.01, 0.03, 0.1, 0.2, 0.4):
+    for noise in WEIGHT_NOISE:
         student = copy.deepcopy(backbone.network)
         generator = torch.Generator().manual_seed(seed)
         for w in student.parameters():

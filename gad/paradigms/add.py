@@ -6,7 +6,8 @@ The student's x̂ from a sample noised to one of its times (pure noise at the fi
     discriminator:  relu(1 − D(x0)) + relu(1 + D(sg x̂)) + r1 · R1
 
 Choices: the teacher's samples stand in for real images, and its features for DINO's, so that nothing else is needed;
-the distillation term is in pixels, by the pipeline's own decoder, with the paper's exponential weight c(τ) = α_τ.
+its samples are noised anew to t < 0.75 before D, which the paper's D does not need; the distillation term is in pixels,
+by the pipeline's own decoder, with the paper's exponential weight c(τ) = α_τ.
 """
 
 import torch
@@ -30,10 +31,10 @@ class ADD(Adversarial):
         tau = batch.level()
         with torch.no_grad():
             x_tau = backbone.add_noise(x_hat, batch.noise(x_hat), tau)
-            taught = self._pixels(backbone.x0(self.teacher, x_tau, tau, batch.cond, self.cfg))
+            taught = backbone.pixels(backbone.x0(self.teacher, x_tau, tau, batch.cond, self.cfg))
             real, fake = self.features(batch.x0, batch), self.features(x_hat.detach(), batch)
         alpha, _ = backbone.levels.alpha_sigma(tau)
-        distilled = (alpha * (self._pixels(x_hat) - taught).square().flatten(1).mean(1)).mean()
+        distilled = (alpha * (backbone.pixels(x_hat) - taught).square().flatten(1).mean(1)).mean()
         loss = F.relu(1 - self.logits(real)).mean() + F.relu(1 + self.logits(fake)).mean()
         return {
             "discriminator": self.regularised(loss, real),
@@ -41,7 +42,3 @@ class ADD(Adversarial):
             "fooled": fooled.detach(),
             "distilled": distilled.detach(),
         }
-
-    def _pixels(self, latents):
-        vae = self.backbone.pipeline.vae
-        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float()

@@ -101,6 +101,7 @@ class Paradigm:
     `roles` are the modules it trains; "student" is always there. `form` is the paper's form of GAD for it. One that is
     `paired` learns from samples of the teacher. All students are sampled alike, by DDIM (Euler for a flow) at `times`,
     so that an image is a function of `z`; a method trains one of those steps at a time, at the student's own states.
+    All roles that move at a step do so by the losses of one call, where some authors let one move before the next.
     """
 
     form = "map"

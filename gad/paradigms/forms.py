@@ -28,7 +28,7 @@ def gad_loss(
     `released`: what the published script computes.
 
     Controls, at the same latents as `step`, which must do worse if the teacher's tangents are what helps:
-    `unrelated`: its response to another sample's direction, turned to this one's size.
+    `unrelated`: another sample's response, of its own noise, prompt and time, brought to this one's size.
     `augmentation`: no tangents; the student moved by `h u` must give what the teacher gives unmoved.
     `rkd` (Park et al. 2019) and `similarity` (Tung & Mori 2019): relations between the samples of a draw.
     """

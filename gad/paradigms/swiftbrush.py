@@ -21,7 +21,7 @@ class SwiftBrush(Paradigm):
     def __init__(self, backbone, steps, cfg, p, distill):
         super().__init__(backbone, steps, cfg, p, distill)
         fake = self.copy_of_teacher().requires_grad_(False)
-        lora = LoraConfig(r=int(p["rank"]), lora_alpha=p["alpha"], target_modules=["to_q", "to_v"])
+        lora = LoraConfig(r=int(p["rank"]), lora_alpha=p["alpha"], target_modules=list(backbone.adapted))
         inject_adapter_in_model(lora, fake)  # trains what it adds and nothing else
         self.roles = self.with_fake(distill, 0.999, 0.0, fake)
 

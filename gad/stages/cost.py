@@ -1,5 +1,6 @@
 """What GAD costs: a step's time and memory beside the base's, for every paradigm, in the same run."""
 
+import ctypes
 import gc
 import sys
 import time
@@ -22,29 +23,31 @@ from .common import prepare, write_csv
 
 NOTE = """# What a step costs
 
-`python -m gad cost {backbone} {blocks}`: {device}, batch {batch}, `{form}` form with {pairs} pairs.
+`python -m gad cost {backbone} {blocks}`: {device}, batch {batch}, `{form}` form with {pairs} pairs{map}.
 Base and GAD take turns, {blocks} blocks each; medians of a step, and of the ratio of neighbouring blocks, with a 95 %
-bootstrap interval over blocks. Memory is the peak of the process (CPU) or of what is allocated (GPU).
+bootstrap interval over blocks. Memory is the peak of the process (CPU) or of what is allocated (GPU), with the networks
+and moments of all columns in it: the columns' differences are what a term needs.
 
 """
-TITLES = {"gad": "GAD", "half": "half the pairs", "every": "each 4th step"}
+TITLES = {"gad": "GAD", "every": "GAD each 4th step", "map": "GAD, map form"}
 
 
 def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
-    """Time every paradigm's step without GAD, with it, with half of `gad.pairs` and at each 4th step (`gad.every`), on
-    `backbone`; a row each, kept in reports/cost.csv. A block is as many steps as a cycle of all that takes turns is
-    long."""
+    """Time every paradigm's step without GAD, with it, with it at each 4th step (`gad.every`) and with `controls.map`
+    where there is one, on `backbone`; a row each, kept in reports/cost.csv. A block is as many steps as a cycle of all
+    that takes turns is long."""
     accelerator = prepare(p, p.distill.precision)
     model = load(backbone, p).to(accelerator.device)
     which, endpoints = p.backbones[backbone], paths.endpoints(backbone)
     tangents = Tangents.load(endpoints / "train.safetensors", model)
     samples = Samples.load(endpoints / "samples.safetensors", model)
     cond = model.encode(world_of(backbone, p).prompts(p.distill.prompts, p.seeds.world))
+    terms = {"base": None, "gad": p.gad, "every": p.gad.model_copy(update={"every": 4})}
+    if "map" in p.controls:
+        terms["map"] = p.controls["map"]
     rows = []
     for name in p.paradigms:
         paradigm = PARADIGMS[name](model, which.student_steps, which.cfg, p.paradigms[name], p.distill)
-        cheaper = {"gad": {}, "half": {"pairs": max(1, p.gad.pairs // 2)}, "every": {"every": 4}}
-        terms = {"base": None} | {k: p.gad.model_copy(update=changed) for k, changed in cheaper.items()}
         tasks = {
             k: Distillation(paradigm, cond, tangents, term, p.distill.batch, 0, samples) for k, term in terms.items()
         }
@@ -54,13 +57,13 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
             timed[k]()
         seconds = pd.DataFrame([{k: timed[k]() for k in timed} for _ in range(blocks)])
         row = {"backbone": backbone, "paradigm": name, "seconds": seconds["base"].median()}
-        for k in cheaper:
+        for k in [k for k in TITLES if k in terms]:
             ratio = (seconds[k] / seconds["base"]).to_numpy()
             found = bootstrap(lambda i, x=ratio: np.median(x[i], -1), np.arange(blocks), p.report.bootstrap)
             row |= dict(zip((k, f"{k}_low", f"{k}_high"), found, strict=True))
         row |= {f"memory_{k}": timed[k].memory for k in timed}
         rows.append(row)
-        told = ", ".join(f"{title} {row[k]:.2f}" for k, title in TITLES.items())
+        told = ", ".join(f"{title} {row[k]:.2f}" for k, title in TITLES.items() if k in terms)
         told = f"{name}, times the base: {told}"
         print(told, file=sys.stderr, flush=True)
         del paradigm, tasks, timed
@@ -96,8 +99,9 @@ class _Timed:
 def _forget_peak(device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    else:
-        with open("/proc/self/clear_refs", "w") as f:  # Linux: the peak of resident memory starts anew
+    else:  # Linux: what is freed goes back, or the peak would stay; then it starts anew
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as f:
             f.write("5")
 
 
@@ -112,12 +116,15 @@ def _write(frame, p, backbone, blocks, device):
     path = paths.REPORTS / "cost.csv"
     write_csv(path, frame)
     cells = pd.DataFrame({"paradigm": frame["paradigm"], "base, s": frame["seconds"].map("{:.3g}".format)})
-    for key, title in TITLES.items():
+    titles = {k: title for k, title in TITLES.items() if k in frame}
+    for key, title in titles.items():
         cells[f"{title} / base"] = [cell(*x, ".2f") for x in frame[[key, f"{key}_low", f"{key}_high"]].to_numpy()]
-    for key, title in (("base", "base, MB"), ("gad", "GAD, MB")):
-        cells[title] = frame[f"memory_{key}"].round().astype(int)
+    for key, title in {"base": "base", **titles}.items():
+        if key != "every":  # its peak is GAD's
+            cells[f"{title}, MB"] = frame[f"memory_{key}"].round().astype(int)
     what = torch.cuda.get_device_name() if device.type == "cuda" else f"{p.threads} CPU thread(s)"
     note = NOTE.format(
-        backbone=backbone, blocks=blocks, device=what, batch=p.distill.batch, form=p.gad.form, pairs=p.gad.pairs
+        backbone=backbone, blocks=blocks, device=what, batch=p.distill.batch, form=p.gad.form, pairs=p.gad.pairs,
+        map=f" (`map`: {p.controls['map'].pairs})" if "map" in titles else "",
     )
     path.with_suffix(".md").write_text(note + cells.to_markdown(index=False) + "\n")

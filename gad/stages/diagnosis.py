@@ -7,7 +7,7 @@ from .. import paths
 from ..backbones import load
 from ..evaluation import geometry, precision
 from ..params import Params
-from ..tangents import Samples, Tangents
+from ..tangents import Paths, Samples, Tangents
 from ..worlds import world_of
 from .common import prepare, write_csv, write_json
 
@@ -51,6 +51,7 @@ def diagnose(backbone: str, p: Params) -> dict:
     Samples.make(endpoints / "samples.safetensors", teacher, prompts, seed + 11, which.teacher_steps, which.cfg)
     prompts = [c for c in world.prompts(e.prompts, seed + 14, "test") for _ in range(e.noises)]
     test = save(folder / "test.safetensors", prompts, (seed + 14, seed + 15), ends, e.batch)
+    _unseen(teacher, world, times, which, e.trajectory_prompts, seed + 16, folder / "unseen.safetensors")
     other = {
         "teacher, CFG + 1": (which.teacher_steps, which.cfg + 1),
         "teacher, half the steps": (which.teacher_steps // 2, which.cfg),
@@ -66,3 +67,10 @@ def diagnose(backbone: str, p: Params) -> dict:
     write_csv(folder / "precision.csv", precision.sweep(teacher, test[slice(0, 8)], which.cfg))
     write_csv(folder / "published.csv", precision.known_students(teacher, test[slice(0, 16)], seed))
     return {name: {k: float(np.mean(r[k])) for k in ("cos", "ratio", "relative")} for name, r in floors.items()}
+
+
+def _unseen(teacher, world, times, which, n, seed, path):
+    """The teacher's side of Table 4."""
+    prompts = world.prompts(n, seed, "unseen")
+    z, cond = teacher.noise(len(prompts), seed), teacher.encode(prompts)
+    Paths.of(teacher, z, cond, times, which.teacher_steps, which.cfg).save(path, prompts, seed)

@@ -8,7 +8,7 @@ from .. import paths
 from ..backbones import load
 from ..evaluation import geometry, trajectory
 from ..params import Params, Run
-from ..tangents import Tangents
+from ..tangents import Paths, Tangents
 from ..world import teacher as teachers
 from ..worlds import world_of
 from .common import prepare, write_json
@@ -36,9 +36,8 @@ def evaluate(run: Run, p: Params) -> dict:
 
     out = {"run": str(run), **measured()}
     out["local"] = geometry.local_rows(teacher, student.network, test, which.cfg, e.batch)
-    prompts = world.prompts(e.trajectory_prompts, seed + 16, "unseen")
-    z, cond = teacher.noise(len(prompts), seed + 16), teacher.encode(prompts)
-    out["trajectory"] = trajectory.errors(teacher, student.network, z, cond, steps, which.teacher_steps, which.cfg)
+    unseen = Paths.load(paths.diagnosis(run.backbone) / "unseen.safetensors", teacher)
+    out["trajectory"] = trajectory.errors(teacher, student.network, unseen)
     if run.variant == "base" and steps > 1:
         out["hybrid"] = measured((teacher.network, which.cfg))  # the teacher's first step, then the student
     write_json(paths.result(run), out)

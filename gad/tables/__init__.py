@@ -21,9 +21,11 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
     for row in table1[table1["map"].isin(["endpoint", "images", "difference"])].itertuples():
         of = metrics["students"].setdefault(row.backbone, {}).setdefault(row.model, {})
         of[row.metric] = float(f"{row.value:.4g}")
-    found = uses.write(p)
-    for row in pd.concat(found.values()).query("metric in @uses.TRACKED").itertuples():
+    found, table4 = uses.write(p), trajectories.write(p)
+    tracked = uses.TRACKED | trajectories.TRACKED
+    ends = table4[table4["step"] == table4["step"].max()]
+    for row in pd.concat([*found.values(), ends]).query("metric in @tracked").itertuples():
         of = metrics["students"].setdefault(row.backbone, {}).setdefault(row.model, {})
-        of[uses.TRACKED[row.metric]] = float(f"{row.value:.4g}")
+        of[tracked[row.metric]] = float(f"{row.value:.4g}")
     paths.METRICS.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    return {"table1": table1, "table4": trajectories.write(p), **found}
+    return {"table1": table1, "table4": table4, **found}

@@ -12,7 +12,6 @@ from ..params import Params, Run
 
 VARIANTS = {
     "base": "", "gad": " + GAD", "map": " + GAD, map form", "every4": " + GAD each 4th step",
-    "half": " + GAD, half the pairs",
     "unrelated": " + unrelated tangents", "augmentation": " + noise augmentation", "rkd": " + RKD",
     "similarity": " + SP", "longer": ", longer",
 }

@@ -25,9 +25,12 @@ def write(p: Params) -> dict[str, dict]:
         rows.append(row)
         cells.append(shown)
         found[backbone] = {k: round(v, 4) for k, v in row.items() if k != "backbone"}
-    text = (
-        f"On {p.teacher.prompts} test prompts, by the detector, with 95 % bootstrap intervals over "
-        "prompts; spread: of the first object's centre over seeds of one prompt, beside the world's."
-    )
+    text = f"On {p.teacher.prompts} test prompts, by the detector, with 95 % bootstrap intervals over prompts."
+    if any("spread" in row for row in rows):
+        text += (
+            " Spread: RMS distance of the first object's centre from its mean over seeds of one prompt, beside the "
+            f"world's; the mean over {min(8, p.teacher.prompts)} prompts, whose own values are not stored, so that it "
+            "has no interval."
+        )
     save("teachers", pd.DataFrame(rows), ["# Teachers", text, pd.DataFrame(cells).to_markdown(index=False)])
     return found
