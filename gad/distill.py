@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from .backbones import Backbone, Condition
 from .evaluation.geometry import compare, endpoint, tangents
@@ -76,6 +77,12 @@ def distill(
                 f"{key}={value} cannot be shared by {accelerator.num_processes} process(es) in hardware.accumulate="
                 f"{hardware.accumulate} part(s) each: make it a multiple of {parts}"
             )
+    if gad and gad.form in ("rkd", "similarity") and parts > 1:
+        raise ValueError(
+            f"controls.{run.variant}: the relations of `{gad.form}` are between all samples of a step, which "
+            f"{parts} parts do not see: use one process and hardware.accumulate=1"
+        )
+    torch.manual_seed(run.seed)  # heads and adapters start alike in every process
     paradigm = PARADIGMS[run.paradigm](backbone, which.student_steps, which.cfg, p.paradigms[run.paradigm], d)
     steps = p.steps(run.paradigm, run.variant)
     task = Distillation(paradigm, cond, teacher, gad, d.batch, run.seed, samples)

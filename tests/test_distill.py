@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gad.graph import sandbox
 from gad.params import ROOT
+from gad.stages.distillation import _append
 
 SMOKE = yaml.safe_load((ROOT / "tests/smoke.yaml").read_text())
 RUN = "sana-tdm-gad-0"
@@ -89,7 +90,7 @@ def place(tmp_path_factory):
     assert place.server.wait(60) == 0
 
 
-DISTILL = ("--set", "distill.steps=40", "--set", "distill.save_every=2", "distill", "sana", "tdm", "gad")
+DISTILL = ("--set", "distill.steps=16", "--set", "distill.save_every=2", "distill", "sana", "tdm", "gad")
 
 
 def kill_on_its_way(place):
@@ -147,10 +148,10 @@ def launch(folder, *arguments):
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def take(place):
+def take(place, run=RUN):
     """The student's weights and log, moved out of the way."""
-    weights = load_file(next((place / "data/students" / RUN / "transformer").glob("*.safetensors")))
-    log = pd.read_csv(place / "data/logs" / f"{RUN}.csv")
+    weights = load_file(next((place / "data/students" / run / "transformer").glob("*.safetensors")))
+    log = pd.read_csv(place / "data/logs" / f"{run}.csv")
     for part in ("students", "logs", "probes"):
         shutil.rmtree(place / "data" / part)
     return weights, log
@@ -199,6 +200,20 @@ def test_shared_batches_give_the_same_student(place):
 
 
 @pytest.mark.slow
+def test_heads_start_alike_in_every_process(place):
+    """A discriminator is new, no copy of the teacher: of one seed it is the same, on whichever process."""
+    ladd = (*SHARED[:-4], "distill", "sana", "ladd", "base")
+    place.done(*ladd)
+    alone, log = take(place, "sana-ladd-base-0")
+    process = launch(place.folder, *ladd)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    two, shared = take(place, "sana-ladd-base-0")
+    assert gap(alone, two) < 1e-5
+    pd.testing.assert_frame_equal(log, shared, rtol=1e-3)
+
+
+@pytest.mark.slow
 def test_batches_that_cannot_be_shared_stop_before_work(place):
     code, _, error = place.run("--set", "hardware.accumulate=3", *SHARED)
     assert code == 1 and "distill.batch=4 cannot be shared" in error and "multiple of 3" in error
@@ -229,7 +244,7 @@ def test_divergence_stops_with_one_line_and_keeps_the_checkpoint(place):
 
 @pytest.mark.slow
 def test_cost_has_a_row_for_every_paradigm(place):
-    rows = json.loads(place.done("--set", "paradigms.dmd.ratio=2", "cost", "sana", "2"))
+    rows = json.loads(place.done("--set", "paradigms.dmd.ratio=2", "cost", "sana", "1"))
     assert [r["paradigm"] for r in rows] == list(yaml.safe_load((ROOT / "params.yaml").read_text())["paradigms"])
     for row in rows:
         assert row["seconds"] > 0 and row["gad_low"] <= row["gad"] <= row["gad_high"]
@@ -242,10 +257,11 @@ def test_trials_keep_a_row_each_and_no_student(place):
     trial = ("--set", "distill.steps=2", "trial", "sana", "ladd", "base")
     first = json.loads(place.done(*trial))
     assert first["scene_low"] <= first["scene"] <= first["scene_high"] and abs(first["cos"]) <= 1
-    place.done(*trial)  # again: the same row
     place.done("--set", "paradigms.ladd.recon=0.5", *trial)
     rows = (place / "reports/tuning.csv").read_text().splitlines()
     assert len(rows) == 3 and "paradigms.ladd.recon=0.5" in rows[2]
+    _append(place / "reports/tuning.csv", first | {"scene": 0.25})  # again: the same row
+    assert pd.read_csv(place / "reports/tuning.csv")["scene"].tolist()[0] == 0.25
     assert (place / "reports/tuning.md").read_text().count("| ladd ") == 2
     assert not (place / "data/students/sana-ladd-base-0").exists()
     assert not (place / "data/.resume/trial-sana-ladd-base-0").exists()
