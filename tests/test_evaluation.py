@@ -221,6 +221,7 @@ def test_verdicts(low, high, sign, margin, said):
 def test_verdict_on_a_claim_as_a_whole(verdicts, said):
     names = {"r": "reproduced", "u": "undecided", "n": "not reproduced"}
     assert claims.whole([names[v] for v in verdicts], 0.5) == said
+    assert (claims.whole([names[v] for v in verdicts], 0.5, every=True) == "reproduced") == (set(verdicts) == {"r"})
 
 
 def test_claims_are_judged_by_the_grids_own_rows():
