@@ -131,7 +131,7 @@ def test_nothing_is_fetched_and_links_lead_somewhere(reports):
 def test_every_verdict_is_there(reports):
     text = (reports / "claims.md").read_text()
     rows = re.findall(r"^\| (\w+) +\| (.+?) +\| (.+?) +\| (.+?) +\|$", text, re.M)
-    wanted = Counter(tuple(map(plain, row)) for row in rows if row[3] != "verdict")
+    wanted = Counter(tuple(map(plain, row)) for row in rows if row[0] not in ("backbone", "claim"))
     found = made()
     results = [e for e in found.find("li", inside="results")]
     shown = Counter(plain(e["text"]) for e in results)
