@@ -51,7 +51,7 @@ def test_miniatures_are_timed_and_planned(p, tmp_path, capsys):
     assert {"device", "torch", "precision", "compile", "rows", "plan"} <= report.keys()
     assert [r["paradigm"] for r in report["rows"]] == ["ladd", "tdm"]
     for row in report["rows"]:
-        assert row["pairs"] == 2 and 1.4e6 < row["parameters"] < 1.6e6 and row["note"] == ""  # in proportion: 16 of 16
+        assert row["pairs"] == 1 and 1.4e6 < row["parameters"] < 1.6e6 and row["note"] == ""  # in proportion: 8 of 16
         assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
         for k in ("base", "gad"):
             assert row[f"images_{k}"] * row[f"seconds_{k}"] == pytest.approx(2)
