@@ -29,6 +29,7 @@ class Claim:
     margin: str = ""  # of "not lower" rather than "higher", or of "nothing": its key in `report`
     level: str = ""  # what a value is compared with in zero's place: its key in `report`
     against: tuple[str, ...] = ("base",)  # the variants that GAD is compared with; none: a student without GAD
+    each: str = ""  # a student has a row for each value of this column
     own: tuple[str, str] | None = None  # the backbone and paradigm of the paper's number
     only: bool = False  # it is claimed of that one alone
     all: bool = False  # as a whole it needs every row: a control that does as well does without tangents
@@ -81,7 +82,7 @@ CLAIMS = (
           lambda t: (t["metric"] == "change") & (t["step"] == t["step"].max()), -1, own=PIXART),
     Claim("Trajectories: so is the error on the way, after each step before the last",
           "lower in all four intervals (TDM, PixArt-α)", "table4",
-          lambda t: (t["metric"] == "change") & (t["step"] < t["step"].max()), -1, own=PIXART),
+          lambda t: (t["metric"] == "change") & (t["step"] < t["step"].max()), -1, each="step", own=PIXART),
     Claim("Layout control: AP is higher with GAD", "0.050 → 0.058 (LADD, SD2)", "table5", _metric("guided, AP"), 1,
           own=SD2),
     Claim("Layout control: AP50 is higher with GAD", "0.174 → 0.206 (LADD, SD2)", "table5", _metric("guided, AP50"), 1,
@@ -142,8 +143,8 @@ def judge(p: Params, results: dict[str, pd.DataFrame]) -> pd.DataFrame:
             for row in mine.itertuples():
                 low, high = row.low - level, row.high - level
                 student = row.model.removesuffix(" − base")
-                if "way" in claim.text:
-                    student += f", step {row.step}"
+                if claim.each:
+                    student += f", {claim.each} {getattr(row, claim.each)}"
                 rows.append({"claim": claim.text, "paper": claim.paper, "table": claim.table, "backbone": where[0],
                              "student": student, "own": where == claim.own, "difference": row.value, "low": row.low,
                              "high": row.high, "verdict": verdict(low, high, claim.sign, margin)})

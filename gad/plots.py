@@ -165,15 +165,15 @@ def figure5(p: Params):
 
 def layout(p: Params):
     """Layout control against what it costs, a panel a backbone: from no guidance (hollow) to the largest move."""
-    backbones, found = p.grid.backbones, uses.long(p)["table5"].set_index(["backbone", "model", "metric"])
-    moves = {0: "free", p.uses.scale: "guided"} | {s: str(s) for s in p.uses.sweep}
+    backbones = p.grid.backbones
+    found = uses.long(p, ("table5",))["table5"].set_index(["backbone", "model", "metric"])
     figure, axes = plt.subplots(1, len(backbones), figsize=(3.6 * len(backbones), 3.2), squeeze=False, sharey=True)
     lines = dict(zip(p.grid.paradigms, cycle((("--", "s"), ("-.", "o"), (":", "D"))), strict=False))
     for ax, backbone in zip(axes[0], backbones, strict=True):
         shown = {"teacher": ("-", "*", COLOURS["teacher"])}
         shown |= {tables.label(r): (*lines[r.paradigm], COLOURS[r.variant]) for r in _runs(p, backbone)}
         for name, (line, marker, colour) in shown.items():
-            x, y = (found.loc[[(backbone, name, f"{moves[s]}, {k}") for s in sorted(moves)],
+            x, y = (found.loc[[(backbone, name, f"{how}, {k}") for how in uses.moves(p).values()],
                               ["value", "low", "high"]].to_numpy() for k in ("CLIP", "AP50"))
             ax.plot(x[:, 0], y[:, 0], ls=line, marker=marker, ms=7 if marker == "*" else 4, lw=1.1, color=colour,
                     label=name)

@@ -54,11 +54,7 @@ class Tangents:
     @staticmethod
     def load(path: Path, backbone: Backbone) -> "Tangents":
         """On the backbone's device, in fp32; noises from their seeds, prompts encoded anew."""
-        try:
-            with safe_open(path, "pt", str(backbone.device)) as f:
-                kept, meta = [f.get_tensor(k).float() for k in ("states", "responses")], f.metadata()
-        except (OSError, SafetensorError) as error:
-            raise _unreadable(path, error) from None
+        kept, meta = _read(path, backbone, "states", "responses")
         *first, cond = Tangents.inputs(backbone, json.loads(meta["prompts"]), json.loads(meta["seeds"]))
         return Tangents(*(torch.cat([a[:, None], b], 1) for a, b in zip(first, kept, strict=True)), cond)
 
@@ -87,11 +83,7 @@ class Samples:
     @staticmethod
     def load(path: Path, backbone: Backbone) -> "Samples":
         """On the backbone's device, in fp32; noises from their seed, prompts encoded anew."""
-        try:
-            with safe_open(path, "pt", str(backbone.device)) as f:
-                x0, meta = f.get_tensor("x0").float(), f.metadata()
-        except (OSError, SafetensorError) as error:
-            raise _unreadable(path, error) from None
+        (x0,), meta = _read(path, backbone, "x0")
         return Samples(backbone.noise(len(x0), int(meta["seed"])), x0, backbone.encode(json.loads(meta["prompts"])))
 
 
@@ -126,14 +118,15 @@ class Paths:
     @staticmethod
     def load(path: Path, backbone: Backbone) -> "Paths":
         """On the backbone's device; noises from their seed, prompts encoded anew."""
-        try:
-            with safe_open(path, "pt", str(backbone.device)) as f:
-                states, meta = f.get_tensor("states"), f.metadata()
-        except (OSError, SafetensorError) as error:
-            raise _unreadable(path, error) from None
+        (states,), meta = _read(path, backbone, "states")
         z = backbone.noise(len(states), int(meta["seed"]))
         return Paths(torch.cat([z[:, None], states], 1), backbone.encode(json.loads(meta["prompts"])))
 
 
-def _unreadable(path, error):
-    return ValueError(f"{path} cannot be read ({error}): run the diagnose stage again")
+def _read(path: Path, backbone: Backbone, *names: str) -> tuple[list[Tensor], dict[str, str]]:
+    """Tensors of a file, in fp32 on the backbone's device, and what is said of them."""
+    try:
+        with safe_open(path, "pt", str(backbone.device)) as f:
+            return [f.get_tensor(name).float() for name in names], f.metadata()
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): run the diagnose stage again") from None

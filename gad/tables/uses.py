@@ -126,13 +126,19 @@ def models(p: Params, backbone: str) -> dict[str, dict]:
     return out
 
 
-def long(p: Params) -> dict[str, pd.DataFrame]:
-    """Each table in long form: backbone, model, metric, value, low, high; models named `… + GAD − base` are paired
-    differences, `… − teacher` too, `… / teacher` multiples of the teacher's."""
-    n, rows = p.report.bootstrap, {name: [] for name in TABLES}
+def moves(p: Params) -> dict[float, str]:
+    """What Table 5 calls each size of a guided move, the smallest first."""
+    return dict(sorted(({0: "free"} | {s: str(s) for s in p.uses.sweep} | {p.uses.scale: "guided"}).items()))
+
+
+def long(p: Params, names=tuple(TABLES)) -> dict[str, pd.DataFrame]:
+    """Each of the tables `names` in long form: backbone, model, metric, value, low, high; models named
+    `… + GAD − base` are paired differences, `… − teacher` too, `… / teacher` multiples of the teacher's."""
+    n, rows = p.report.bootstrap, {name: [] for name in names}
     for backbone in p.grid.backbones:
         found = models(p, backbone)
-        for table, (part, flat) in TABLES.items():
+        for table in names:
+            part, flat = TABLES[table]
             shown = {name: flat(r) for name, r in found.items() if part in r}
 
             def add(model, metrics, backbone=backbone, table=table):
@@ -155,8 +161,7 @@ def long(p: Params) -> dict[str, pd.DataFrame]:
                 if table == "table6" and name != "teacher":
                     add(f"{name} / teacher", _retained(metrics, shown["teacher"], n))
     columns = ["backbone", "model", "metric", "value", "low", "high"]
-    found = {name: pd.DataFrame(r, columns=columns) for name, r in rows.items()}
-    return found | {"table2": found["table2"].replace({"metric": _learnt(p)})}
+    return {name: pd.DataFrame(r, columns=columns).replace({"metric": _learnt(p)}) for name, r in rows.items()}
 
 
 NEARER = {  # of what the teacher's is the aim
@@ -272,8 +277,7 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
     layout = [f"guided, {k}" for k in ("AP", "AP50", *LAYOUT.values())]
     floors = [f"{how}, {k}" for how in FLOORS for k in ("AP", "AP50", "IoU", "centre, px", "CLIP")]
     effect = [f"guided − {how}, {k}" for how in FLOORS for k in EFFECT]
-    scales = sorted({u.scale: "guided"} | {s: str(s) for s in u.sweep} | {0: "free"})
-    sweep = {k: [f"{'guided' if s == u.scale else s or 'free'}, {k}" for s in scales] for k in ("AP", "AP50", "CLIP")}
+    sweep = {k: [f"{how}, {k}" for how in moves(p).values()] for k in ("AP", "AP50", "CLIP")}
     shifts, rhos = ([m for m in dict.fromkeys(found["table6"]["metric"]) if m.startswith(s)] for s in ("shift", "ρ"))
     pages = {
         "table2": ["# Table 2, seeds told from images", (
