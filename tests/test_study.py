@@ -101,7 +101,7 @@ def test_ten_lines_run_and_take_geometry_alone():
     if not (ROOT / "data/teachers/sd2/model_index.json").is_file():
         if "teacher@sd2" not in yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]:
             pytest.skip("needs the miniature SD2, which dvc.lock has not")
-        subprocess.run([sys.executable, "-m", "dvc", "--wait-for-lock", "pull", "teacher@sd2"], cwd=ROOT, check=True,
+        subprocess.run([sys.executable, "-m", "dvc", "--wait-for-lock", "pull", "data/teachers/sd2"], cwd=ROOT, check=True,
                        env=os.environ | {"DVC_NO_ANALYTICS": "1"})
     facts = """{
         "modules": sorted(m for m in sys.modules if m.startswith("gad.")),

@@ -4,9 +4,11 @@ import json
 import re
 
 import numpy as np
+import open_clip
 import pandas as pd
 import pytest
 import torch
+from conftest import build, perturb
 from scipy.linalg import sqrtm
 
 from gad import benches, params, paths
@@ -15,7 +17,7 @@ from gad.params import ParamsError
 from gad.stages import uses as stage
 from gad.tables import teachers
 from gad.tables import uses as tables
-from gad.world import detector, scenes
+from gad.world import detector, judge, scenes
 
 
 def between(low, middle, high):
@@ -131,6 +133,79 @@ def test_boxes_are_shuffled_among_prompts_of_as_many():
 def test_sizes_that_do_not_fit(key, value):
     with pytest.raises(ParamsError, match=key.split(".")[1]):
         params.load(**{key: value})
+
+
+# The stages on real networks of random weights. A student here is its teacher with other noises.
+
+
+class Heard:
+    """A model that hears a share of its noise: the rest is one noise for all images."""
+
+    def __init__(self, model, share):
+        self.model, self.share = model, share
+
+    def draw(self, z, prompts):
+        fixed = torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(5))
+        return self.model.draw(self.share**0.5 * z + (1 - self.share) ** 0.5 * fixed, prompts)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """References of a random SD2, and the use of a student that is the same network."""
+    small = {
+        "backbones.sd2": {"world": "mini", "autoencoder": "kl", "teacher_steps": 2, "student_steps": 2, "cfg": 1.0},
+        "uses": {"seeds": 6, "prompts": 6, "train": 4, "fit": 40, "library": 12, "picks": 2, "query": 3, "layouts": 3,
+                 "evals": 1, "scale": 0.3, "sweep": [0.1], "draws": 3},
+    }
+    p, run = params.load(**small), params.Run("sd2", "tdm", "base", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "DATA", tmp_path_factory.mktemp("data"))
+        teacher = build("sd2")
+        for folder in (paths.teacher("sd2"), paths.student(run)):
+            teacher.pipeline.save_pretrained(folder)
+        paths.judge().mkdir()
+        judge.save(perturb(open_clip.CLIP(**judge.CONFIG)), judge.CONFIG, paths.judge())
+        stage.references("sd2", p)
+        stage.use(run, p)
+        yield p, json.loads((paths.references("sd2") / "teacher.json").read_text()), json.loads(
+            paths.use(run).read_text()
+        )
+
+
+def test_a_student_that_is_its_teacher_is_of_the_same_use(place):
+    _, teacher, student = place
+    for part in ("quality", "distance", "diversity", "layout", "query"):
+        assert student[part] == teacher[part], part
+    assert student["seeds"]["self"] == student["seeds"]["teacher"] == teacher["seeds"]["self"]
+    assert student["hybrid"]["quality"] == teacher["quality"]  # the teacher's first step, then its own others
+    guided, free = (np.array(teacher["layout"][k]["clip"]) for k in ("guided", "free"))
+    assert (guided != free).all()  # guidance reaches the images
+
+
+def test_a_student_deaf_to_its_noise_is_of_no_use_and_half_deaf_of_some(place):
+    p, teacher, _ = place
+    bench = stage._Bench("sd2", p)
+    library = json.loads((bench.folder / "library.json").read_text())
+    its = {kind: stage.seeds.Classifier.load(bench.folder / f"{kind}.safetensors") for kind in stage.KINDS}
+    model = bench.model(bench.backbone.network, 2, 1.0)
+    found = {}
+    for share in (0.0, 0.5, 1.0):
+        heard = Heard(model, share)
+        images = bench.matrix(heard)
+        out = stage._images(bench, images) | {"seeds": stage._seeds(bench, images, its, its)}
+        out["query"] = stage._query(bench, heard, images, library, out["quality"]["clip"])
+        found[share] = out
+    deaf, half, whole = found.values()
+    between(*(np.mean(f["diversity"]["vendi"]) for f in (deaf, half, whole)))
+    assert np.allclose(deaf["diversity"]["vendi"], 1)
+    for key, ceiling in teacher["query"]["shift"].items():
+        assert np.allclose(deaf["query"]["shift"][key], 0, atol=1e-4, equal_nan=True), key
+        assert whole["query"]["shift"][key] == ceiling
+    brightness = [np.mean(np.abs(f["query"]["shift"]["brightness"])) for f in (deaf, half, whole)]
+    between(*brightness)
+    for kind in stage.KINDS:
+        named = [np.mean(f["seeds"]["teacher"][kind]["top1"]) for f in (deaf, half, whole)]
+        assert named[0] <= 1 / p.uses.seeds and named[0] < named[2] and named[0] <= named[1] <= named[2]
 
 
 # The tables
