@@ -42,11 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     import json
 
-    import yaml
-
     try:
-        overrides = dict(item.split("=", 1) for item in args.set)
-        overrides = {k: yaml.safe_load(v) for k, v in overrides.items()}
+        overrides = dict(_assignment(item) for item in args.set)
         p = load(**({"path": args.params} if args.params else {}), **overrides)
         known = {
             "kind": p.autoencoder, "backbone": p.backbones, "paradigm": p.names, "variant": p.variants
@@ -77,6 +74,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gad: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _assignment(text: str) -> tuple:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ParamsError(f"--set {text}: write KEY=VALUE")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ParamsError(f"--set {text}: {value!r} is not YAML: put it into quotes") from None
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ class Distillation:
         draws = Draws(generator, *self.part)
         n = self.batch // draws.parts
         if self.paradigm.paired:
-            of, i = self.samples, draws.integers(len(self.samples), n)
-            return Batch(of.z[i], of.cond[i], generator, of.x0[i], self.part)
+            of, whole = self.samples, draws.all.integers(len(self.samples), self.batch)
+            i, k = draws.own(whole), draws.own(whole.roll(1))
+            return Batch(of.z[i], of.cond[i], generator, of.x0[i], (of.z[k], of.cond[k]), self.part)
         z = draws.normal(n, *self.paradigm.backbone.latent_shape)
         return Batch(z, self.cond[draws.integers(len(self.cond), n)], generator, part=self.part)
 
@@ -77,10 +78,10 @@ def distill(
                 f"{key}={value} cannot be shared by {accelerator.num_processes} process(es) in hardware.accumulate="
                 f"{hardware.accumulate} part(s) each: make it a multiple of {parts}"
             )
-    if gad and gad.form in ("rkd", "similarity") and parts > 1:
+    if gad and gad.form in ("rkd", "similarity", "unrelated") and parts > 1:
         raise ValueError(
-            f"controls.{run.variant}: the relations of `{gad.form}` are between all samples of a step, which "
-            f"{parts} parts do not see: use one process and hardware.accumulate=1"
+            f"controls.{run.variant}: `{gad.form}` is of all samples of a step, which {parts} parts do not see: use "
+            "one process and hardware.accumulate=1"
         )
     torch.manual_seed(run.seed)  # heads and adapters start alike in every process
     paradigm = PARADIGMS[run.paradigm](backbone, which.student_steps, which.cfg, p.paradigms[run.paradigm], d)
@@ -98,26 +99,34 @@ def distill(
     if probe_file.exists():
         probes = {int(k): v for k, v in json.loads(probe_file.read_text()).items()}
 
+    def averaged():
+        """The student as it will be saved, on the main process."""
+        weights = task.roles["student"].averaged()
+        if not accelerator.is_main_process:
+            return None
+        student = paradigm.copy_of_teacher()
+        student.load_state_dict(weights)
+        return student
+
     def probe(step):
-        if step % every == 0 and step not in probes:
-            average = task.roles["student"].average
-            average.store(task.roles["student"].params)
-            average.copy_to(task.roles["student"].params)
-            probes[step] = look(backbone, paradigm.student, test, which.student_steps)
+        if step % every == 0 and (step not in probes or hardware.shard):
+            student = averaged()
+            if student is None or step in probes:
+                return
+            probes[step] = look(backbone, student, test, which.student_steps)
             if accelerator.trackers:
-                _show(backbone, paradigm.student, cond[:8], which.student_steps, step, probes[step], accelerator)
-            average.restore(task.roles["student"].params)
+                _show(backbone, student, cond[:8], which.student_steps, step, probes[step], accelerator)
             probe_file.write_text(json.dumps(probes))
 
     log = train(
-        task, work, steps, run.seed, identity, d.warmup, d.save_every, 10, accelerator, probe, hardware.accumulate
+        task, work, steps, run.seed, identity, d.warmup, d.save_every, 10, accelerator, probe, hardware.accumulate,
+        hardware.shard,
     )
-    if not accelerator.is_main_process:
+    student = averaged()
+    if student is None:
         return None
-    student = task.roles["student"]
-    student.average.copy_to(student.params)
-    probes[steps] = look(backbone, paradigm.student, test, which.student_steps)
-    save_student(run, p, backbone, paradigm.student, folder)
+    probes[steps] = look(backbone, student, test, which.student_steps)
+    save_student(run, p, backbone, student, folder)
     rows = [{"step": k, **probes[k]} for k in sorted(probes)]
     return pd.read_csv(log), pd.DataFrame(rows)
 

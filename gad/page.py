@@ -2,6 +2,7 @@
 from reports/, params.yaml, dvc.yaml or CITATION.cff; page.html.j2 has none."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import reduce
@@ -43,8 +44,8 @@ FIGURES = {  # alternative text, caption
             "JVP cosine with the teacher, with intervals; the same noises through the teacher and both students."),
     "figure2": ("Curves of value errors and JVP cosines over noise level and over training, a row a backbone.",
                 "Values and tangents: of the local map over noise levels, with intervals; of noise to image over "
-                "training, means of few noises without intervals. Line with its interval: the teacher at another "
-                "guidance scale."),
+                "training, means of few noises without intervals, where Table 1 has many. Line with its interval: "
+                "the teacher at another guidance scale."),
     "figure5": ("Points of two Vendi scores, of features and of places, against CLIP, a column a backbone, with arrows "
                 "from without to with GAD.",
                 "Diversity against fidelity; an arrow leads from a student without GAD to the one with it. Above, by "
@@ -120,6 +121,12 @@ def cell(text: str) -> str:
     return re.sub(r"^(\S+) (\[[^\]]*\])$", r'\1 <span class="ci">\2</span>', html)
 
 
+def counted(overview: list[Section]) -> Counter:
+    """How many of the paper's claims have which verdict as a whole."""
+    rows = [dict(zip(s.table.head, row, strict=True)) for s in overview for row in s.table.rows]
+    return Counter(row["as a whole"] for row in rows if row.get("the paper") != "no claim of it")
+
+
 def judged(sections: list[Section]) -> list[dict]:
     """The claims of claims.md, a section with results each. A result's `mark`: value, low and high of its interval in
     per cent of a line whose middle is zero, as long as the claim's results need; none where they aren't numbers."""
@@ -175,10 +182,11 @@ def write(p: Params) -> Path:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = cell
+    overview = [s for s in claims if s.table and "difference" not in s.table.head]
     path = paths.REPORTS / "index.html"
     path.write_text(environment.get_template("page.html.j2").render(
         p=p, stages=stages, maker=maker, rule=claims[0].parts, claims=judged(claims), long=LONG, first=FIRST,
-        overview=[s for s in claims if s.table and "difference" not in s.table.head],
+        overview=overview, counts=counted(overview),
         tables={f.stem: parse(f.read_text()) for f in texts}, csv={f.stem for f in paths.TABLES.glob("*.csv")},
         measured={
             n: ([s for s in stages if any(fnmatch(s, x) for x in by.split())],

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Average = Annotated[float, Field(gt=0, lt=1)]  # what is saved is the average
 Divisor = Annotated[
     PositiveInt,
     AfterValidator(lambda n: n if 1000 % n == 0 else _fail("must divide 1000, the length of the DDPM schedules")),
@@ -31,7 +32,7 @@ EvenDivisor = Annotated[  # floors are measured at half of them
     Divisor, AfterValidator(lambda n: n if n % 2 == 0 else _fail("must be even: floors are measured at half of it"))
 ]
 Precision = Annotated[  # a bare `no` is false in YAML 1.1, and a string to DVC, whose `-S` writes it so
-    Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)
+    Literal["no", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)
 ]
 
 
@@ -119,7 +120,7 @@ class BackboneParams(_Section):
     path: str | None = None
     revision: str | None = None
     variant: str | None = None  # of the weight files, as "fp16"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of text encoder and autoencoder
     teacher_steps: EvenDivisor
     student_steps: Divisor
     cfg: Annotated[float, Field(ge=1, allow_inf_nan=False)]
@@ -189,7 +190,7 @@ class Cycle(_Section):
 class Teacher(Cycle):
     batch: PositiveInt
     warmup: PositiveInt
-    ema: Fraction
+    ema: Average
     drop: Fraction
     scenes: PositiveInt
     prompts: PositiveInt
@@ -217,7 +218,7 @@ class Distill(_Section):
     prompts: PositiveInt
     steps: PositiveInt
     warmup: PositiveInt
-    ema: Fraction
+    ema: Average
     clip: Positive
     save_every: PositiveInt
     precision: Precision
@@ -234,6 +235,8 @@ class Hardware(_Section):
 
     accumulate: PositiveInt = 1
     checkpointing: bool = False
+    shard: bool = False
+    tangents: PositiveInt = 32
 
 
 class Evaluation(_Section):
@@ -348,6 +351,11 @@ class Params(_Section):
                 raise ValueError(f"published.{key}.backbone={entry.backbone!r} is not in grid.backbones ({there})")
             if key != (name := f"{entry.backbone}-{entry.paradigm}-base-0"):
                 raise ValueError(f"published.{key}: its key must be its students' name: write {name}")
+        if self.hardware.shard and self.distill.optimiser == "adamw8bit":
+            raise ValueError("hardware.shard=True: 8-bit moments cannot be shared out: set distill.optimiser to adamw")
+        exact = [k for k, term in {"gad": self.gad, **self.controls}.items() if term.lam and term.scheme == "exact"]
+        if self.hardware.shard and exact:
+            raise ValueError(f"hardware.shard=True: exact JVPs need whole networks: set {exact[0]}.scheme to forward")
         runs = self.runs()
         if twice := [run for i, run in enumerate(runs) if run in runs[:i]]:
             raise ValueError(f"further: {twice[0]} is a student twice: take it out of one of its blocks")

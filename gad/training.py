@@ -5,6 +5,7 @@ It is one safetensors file, replaced atomically: a run killed at any moment resu
 
 Under `accelerate launch` the processes share each step's batch. Gradients are averaged over them by hand, not by DDP's
 hooks: losses of several roles run through each other's networks, often several times, which these do not allow for.
+Where memory is short each process may keep only its share of every role (`shard`).
 """
 
 import csv
@@ -25,6 +26,8 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import _muon
 from tqdm.auto import tqdm
 
@@ -46,6 +49,7 @@ class Role:
     muon: float | None = None
     optimisers: list[torch.optim.Optimizer] = field(init=False)
     average: EMAModel | None = field(init=False, default=None)
+    sharded: bool = field(init=False, default=False)
 
     def __post_init__(self):
         self.params = [p for p in self.module.parameters() if p.requires_grad]
@@ -69,6 +73,24 @@ class Role:
                 group["base_lr"] = group["lr"]
         if self.ema:
             self.average = EMAModel(self.params, decay=self.ema, use_ema_warmup=True, power=0.75)
+
+    def shard(self):
+        """Leave each process its share of the weights, and so of gradients, moments and average (FSDP2), before any
+        step; a block's weights are whole while it works. Modules that name no blocks are small and stay whole."""
+        blocks = getattr(self.module, "_no_split_modules", None)
+        if not blocks:
+            return
+        for module in reversed([*self.module.modules()]):  # inner ones first
+            if module is self.module or type(module).__name__ in blocks:
+                fully_shard(module, reshard_after_forward=True)
+        self.__post_init__()
+        self.sharded = True
+
+    def averaged(self) -> dict[str, torch.Tensor]:
+        """The module's state, whole, with the average of what is trained: of a sharded role all processes must ask."""
+        trained = [name for name, p in self.module.named_parameters() if p.requires_grad]
+        state = self.module.state_dict() | dict(zip(trained, self.average.shadow_params, strict=True))
+        return {k: _whole(v) for k, v in state.items()}
 
     def state_of(self, p: torch.nn.Parameter) -> dict:
         """The optimiser's state of one parameter, as the optimiser holds it."""
@@ -147,19 +169,24 @@ def train(
     accelerator: Accelerator | None = None,
     on_step: Callable[[int], None] | None = None,
     accumulate: int = 1,
+    shard: bool = False,
 ) -> Path:
     """Train `task` for `steps` steps; returns the path of `folder/log.csv`.
 
     `identity` is whatever fixes the result (parameters, seed): a checkpoint in `folder` with another identity
     gives way and training starts over. `on_step(step)` is called before each step, with the number of steps
     already done, on the main process. `accumulate`: parts in which each process takes its share of a batch, one after
-    another; more need less memory and give the same gradients. The accelerator's trackers see what is logged.
+    another; more need less memory and give the same gradients. `shard`: each process keeps its share of the roles
+    alone, and all of them call `on_step`. The accelerator's trackers see what is logged.
     Raises `DivergedError` at the first non-finite loss; the last checkpoint stays.
     """
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
     folder.mkdir(parents=True, exist_ok=True)
+    shard = shard and accelerator.num_processes > 1
     for role in task.roles.values():
         role.module.to(accelerator.device)
+        if shard:
+            role.shard()
         if role.average:
             role.average.to(accelerator.device)
         role.optimisers = [accelerator.prepare(o) for o in role.optimisers]
@@ -173,7 +200,7 @@ def train(
     bar = tqdm(total=steps, initial=start, disable=None, desc=folder.name, mininterval=5)
     began, last = time.monotonic(), time.monotonic()
     for step in range(start, steps):
-        if on_step and accelerator.is_main_process:
+        if on_step and (shard or accelerator.is_main_process):
             on_step(step)
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:7], "big"))
         try:
@@ -192,8 +219,9 @@ def train(
             last = time.monotonic()
             eta = (last - began) / (step - start) * (steps - step - 1)
             print(f"{folder.name}: step {step + 1}/{steps}, {eta / 60:.1f} min to go", file=sys.stderr, flush=True)
-        if accelerator.is_main_process and ((step + 1) % save_every == 0 or step == steps - 1):
-            _save(state, task, key, step + 1, rows)
+        due = (step + 1) % save_every == 0 or step == steps - 1
+        if due and (shard or accelerator.is_main_process):
+            _save(state, task, key, step + 1, rows, accelerator.is_main_process)
     bar.close()
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
@@ -222,13 +250,17 @@ def update(
             if name in losses:
                 if not torch.isfinite(losses[name]):
                     raise DivergedError(f"the {name} loss is {losses[name].item()} at step {step}")
-                accelerator.backward(losses[name] / mine, inputs=role.params)
+                _backward(losses[name] / mine, role, task.roles.values(), accelerator)
         logged = {k: logged.get(k, 0) + v.detach() / mine for k, v in losses.items()}
     row = {"step": step}
     for name, role in task.roles.items():
         if name in losses:
-            _average(role.params, accelerator)
-            row[f"{name}_norm"] = accelerator.clip_grad_norm_(role.params, role.clip).item()
+            if not role.sharded:  # these come averaged
+                _average(role.params, accelerator)
+            norm = _whole(accelerator.clip_grad_norm_(role.params, role.clip)).item()
+            if not math.isfinite(norm):
+                raise DivergedError(f"the gradient of the {name} loss is {norm} at step {step}")
+            row[f"{name}_norm"] = norm
     for name, role in task.roles.items():
         if name in losses:
             for optimiser in role.optimisers:
@@ -241,6 +273,30 @@ def update(
     if accelerator.num_processes > 1:
         logged = dict(zip(logged, accelerator.reduce(torch.stack([*logged.values()]).float(), "mean"), strict=True))
     return row | {k: v.item() for k, v in logged.items()}
+
+
+def _backward(loss, role, roles, accelerator):
+    """Gradients of `loss` for the parameters of `role` alone. Shares are no leaves of the graph: where there are any,
+    all of it is differentiated, and other roles get back what they had."""
+    if not any(r.sharded for r in roles):
+        return accelerator.backward(loss, inputs=role.params)
+    others = [(p, p.grad) for other in roles if other is not role for p in other.params]
+    for p, _ in others:
+        p.grad = None
+    accelerator.backward(loss)
+    for p, grad in others:
+        p.grad = grad
+
+
+def _whole(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def _share(x, like):
+    """Of the whole tensor `x`, which every process has, what `like` keeps of it."""
+    if not isinstance(like, DTensor):
+        return x
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _average(params, accelerator):
@@ -257,7 +313,7 @@ def _average(params, accelerator):
             ) from None
 
 
-def _save(path, task, key, step, rows):
+def _save(path, task, key, step, rows, write=True):
     tensors = {}
     for name, role in task.roles.items():
         for k, v in role.module.state_dict().items():
@@ -270,7 +326,9 @@ def _save(path, task, key, step, rows):
             for i, p in enumerate(role.average.shadow_params):
                 tensors[f"{name}/average/{i}"] = p
     # Tied weights share memory, which safetensors refuses: a copy each.
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    tensors = {k: _whole(v.detach()).cpu().contiguous().clone() for k, v in tensors.items()}
+    if not write:
+        return
     part = path.with_suffix(".part")
     save_file(tensors, part, {"key": key, "step": str(step), "rows": json.dumps(rows)})
     os.replace(part, path)
@@ -288,13 +346,15 @@ def _load(path, task, key):
         return 0, []
     for name, role in task.roles.items():
         prefix = f"{name}/module/"
-        role.module.load_state_dict({k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)})
+        role.module.load_state_dict(
+            {k: _share(tensors[prefix + k], like) for k, like in role.module.state_dict().items()}
+        )
         for i, p in enumerate(role.params):
             prefix = f"{name}/optimiser/{i}/"
             found = {k[len(prefix):]: v.to(p.device) for k, v in tensors.items() if k.startswith(prefix)}
-            role.state_of(p).update(found)
+            role.state_of(p).update({k: _share(v, p) if v.shape == p.shape else v for k, v in found.items()})
         if role.average:
             role.average.optimization_step = int(tensors[f"{name}/averaged"])
             for i, p in enumerate(role.average.shadow_params):
-                p.copy_(tensors[f"{name}/average/{i}"])
+                p.copy_(_share(tensors[f"{name}/average/{i}"], p))
     return int(meta["step"]), json.loads(meta["rows"])

@@ -1,9 +1,11 @@
 """The Slurm scripts, run by bash without Slurm: what they would start is what the commands take."""
 
 import os
+import shutil
 import subprocess
 
 import pytest
+import yaml
 from accelerate.commands.launch import launch_command_parser
 
 from gad import __main__ as cli
@@ -107,19 +109,24 @@ def test_student_out_of_time_goes_back_into_the_queue(batch):
     assert (batch.folder / "requeued").read_text().split() == ["requeue", "1234567"]
 
 
-def test_grid_runs_each_cell_and_its_evaluation(batch):
+def test_grid_runs_each_cell_its_evaluation_and_its_use(batch):
     p = params.load()
+    shutil.copy(ROOT / "dvc.yaml", batch.folder)
     runs = {
         ("distill" if key == "grid" else f"distill-{key.removeprefix('further.')}") + f"@{run}"
         for key, block in p.blocks.items()
         for run in block.runs(p.seeds.distill)
     }  # test_repo.py holds these to dvc.yaml
-    for cell in sorted(runs)[:: len(runs) - 1]:
+    used = [stage for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"] if stage.startswith("use")]
+    assert "use" in used and "use-controls" not in used
+    for kind in ("distill@", "distill-baselines@", "distill-controls@"):
+        cell = next(run for run in sorted(runs) if run.startswith(kind))
         cells = batch.folder / "cells"
         cells.write_text(f"another\n{cell}\n")
-        *_, first, second = batch("grid.sbatch", str(cells), ARRAY_TASK_ID=2)
-        assert first == ["dvc", "--wait-for-lock", "repro", "-s", cell]
-        assert second == ["dvc", "--wait-for-lock", "repro", "-s", cell.replace("distill", "evaluate")]
+        stages = [cell.replace("distill", stage) for stage in ("distill", "evaluate", "use")]
+        stages = stages if stages[2].split("@")[0] in used else stages[:2]
+        calls = batch("grid.sbatch", str(cells), ARRAY_TASK_ID=2)[-len(stages):]
+        assert calls == [["dvc", "--wait-for-lock", "repro", "-s", stage] for stage in stages]
 
 
 def test_grid_beyond_its_list_is_one_line(batch):

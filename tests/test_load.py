@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from conftest import build, perturb
 from diffusers import DDIMScheduler
 from peft import LoraConfig
@@ -44,8 +45,22 @@ def test_a_good_folder_is_the_same_backbone(folder, mini, prompts, z):
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
+def test_a_half_precision_entry_leaves_the_network_whole(folder):
+    """Differences of a network in half precision are mostly rounding, and no student can be trained in it."""
+    data = yaml.safe_load((params.ROOT / "params.yaml").read_text())
+    data["backbones"]["sd2"] |= {"path": str(folder), "dtype": "bfloat16"}
+    backbone = load("sd2", params.validate(data))
+    parts = backbone.pipeline.components.items()
+    dtypes = {k: next(m.parameters()).dtype for k, m in parts if hasattr(m, "parameters")}
+    assert dtypes == {"unet": torch.float32, "vae": torch.bfloat16, "text_encoder": torch.bfloat16}
+
+
 def test_missing_folder(tmp_path):
     refused(tmp_path / "none", "none is not there: run `dvc pull`")
+
+
+def test_missing_student_says_what_trains_it():
+    refused(paths.student(Run("sd2", "tdm", "none", 0)), "none ship; `dvc repro` its distill stage")
 
 
 def test_hub_id_while_offline():

@@ -119,7 +119,14 @@ def make(name, backbone, steps=1, cfg=1.0, fake=None, student=None, **settings):
 
 def batch(n=N, seed=0, shift=0.0, x0=None):
     g = torch.Generator().manual_seed(seed)
-    return Batch(torch.randn(n, D, generator=g), Condition(torch.zeros(n, 1, D) + shift, torch.ones(n, 1)), g, x0)
+    z, cond = torch.randn(n, D, generator=g), Condition(torch.zeros(n, 1, D) + shift, torch.ones(n, 1))
+    return Batch(z, cond, g, x0, before(z, cond))
+
+
+def before(z, cond):
+    """Of each sample, another's noise and prompt."""
+    i = torch.arange(len(z)).roll(1)
+    return z[i], cond[i]
 
 
 def normal(*shape, seed=9):
@@ -412,7 +419,7 @@ def learn(paradigm, student, steps, z, x0, shift=0.0):
     for step in range(steps):
         i = torch.randint(len(z), (256,), generator=torch.Generator().manual_seed(step))
         at = batch(256, step, shift)
-        at = Batch(z[i], at.cond, at.generator, x0[i])
+        at = Batch(z[i], at.cond, at.generator, x0[i], before(z[i], at.cond))
         optimiser.zero_grad()
         torch.autograd.backward(paradigm.losses(at, step)["student"], inputs=wanted)
         optimiser.step()

@@ -338,6 +338,31 @@ def test_one_step_moves_what_it_should(setting, name, form):
         assert {k for k in row if row[k] != base.get(k)} == {"gad", "student", "student_norm"}
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("name", PARADIGMS)
+def test_parts_of_a_batch_make_the_whole(mini, name, parts):
+    """Whoever computes which part, another's noise or prompt is another's: a part of one sample has it too."""
+    backbone = mini("sana")
+    cond = backbone.encode(["a red circle", "a blue square", "a green triangle", "a red square"])
+    z, v = (torch.randn(4, 5, *backbone.latent_shape, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+    paths = Tangents(z, v, cond)
+    torch.manual_seed(0)
+    paradigm = PARADIGMS[name](backbone, 4, 2.0, P.paradigms[name], P.distill)
+    task = Distillation(paradigm, cond, paths, P.gad.model_copy(update={"pairs": 4}), 4, 0,
+                        Samples(paths.z, paths.x0, cond))
+
+    def gradients(part):
+        task.part = part
+        losses = task.losses(0, step_generator(0, 0))
+        return {k: torch.cat([g.flatten() for g in torch.autograd.grad(losses[k], role.params, retain_graph=True,
+                                                                       materialize_grads=True)])
+                for k, role in task.roles.items() if k in losses}
+
+    whole, own = gradients((0, 1)), [gradients((k, parts)) for k in range(parts)]
+    for k, g in whole.items():
+        assert ((sum(o[k] for o in own) / parts - g).norm() / g.norm()).item() < 1e-3, k
+
+
 def test_role_without_a_loss_stays(mini):
     """DMD's student learns at each `ratio`-th step only; its fake at each."""
     task, _, _ = stepped("dmd", prepared(mini("sana")), "step")

@@ -42,6 +42,9 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("backbones.sana.pretrain", {"refine": [{"lr": -1.0}]}, "backbones.sana.pretrain.refine.0.lr=-1.0: input"),
         ("seeds.distill", [], "seeds.distill=[]"),
         ("distill.precision", "int8", "distill.precision='int8'"),
+        ("distill.precision", "fp16", "distill.precision='fp16': input should be 'no' or 'bf16'"),
+        ("distill.ema", 0, "distill.ema=0: input should be greater than 0"),
+        ("teacher.ema", 0.0, "teacher.ema=0.0: input should be greater than 0"),
         ("hardware.accumulate", 0, "hardware.accumulate=0: input should be greater than 0"),
         ("published", {"x": {"backbone": "sd2", "paradigm": "turbo"}}, "needs either path or lora: give one of them"),
         ("published", {"x": {"backbone": "sdxl", "paradigm": "turbo", "path": "a"}},
@@ -64,6 +67,20 @@ def test_wrong_value(key, value, said, tmp_path):
         params.load(tmp_path / "params.yaml")
     assert str(error.value).startswith("params.yaml: ") and said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key, value, said", [
+    ("distill.optimiser", "adamw8bit", "8-bit moments cannot be shared out: set distill.optimiser to adamw"),
+    ("gad.scheme", "exact", "exact JVPs need whole networks: set gad.scheme to forward"),
+])
+def test_what_shares_cannot_have(key, value, said):
+    data = yaml.safe_load((ROOT / "params.yaml").read_text())
+    section, leaf = key.split(".")
+    data[section] = {**data[section], leaf: value}
+    params.validate(data)
+    data["hardware"]["shard"] = True
+    with pytest.raises(ParamsError, match=said):
+        params.validate(data)
 
 
 def test_unknown_key_missing_key_missing_file_and_not_yaml(tmp_path):

@@ -159,6 +159,21 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path):
     assert_equal(bits(task), bits(whole))
 
 
+def test_a_gradient_that_is_no_number_stops_before_its_step(tmp_path):
+    """The loss may be finite: a root at 0 has an infinite slope."""
+    class Root(Regression):
+        def losses(self, step, generator):
+            losses = super().losses(step, generator)
+            if step == 7:
+                weight = self.roles["student"].module[0].weight
+                losses["student"] = losses["student"] + ((weight - weight.detach()).square().sum()).sqrt()
+            return losses
+
+    with pytest.raises(DivergedError, match=r"gradient of the student loss is nan at step 7"):
+        run(tmp_path, Root())
+    assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "state.safetensors").values())
+
+
 def test_another_identity_starts_over_and_says_so(tmp_path, capsys):
     seen = []
     run(tmp_path, Regression(), identity={"lr": 1, "seed": 0})

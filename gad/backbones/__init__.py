@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .. import paths
 from . import pixart, sana, sd2
 from .base import Backbone, Condition
 
@@ -20,22 +21,24 @@ __all__ = ["BACKBONES", "MINIATURES", "Backbone", "Condition", "load", "with_lor
 def load(name_or_path: str | Path, params=None, revision: str | None = None) -> Backbone:
     """A backbone from a name in `params.backbones`, a Diffusers pipeline folder, or a hub id (at a `revision`).
 
-    Only safetensors are read and no remote code is run. A folder that is missing, incomplete, damaged or of
-    another class raises ValueError with one line that says what to do.
+    Only safetensors are read and no remote code is run. An entry's `dtype` is that of the text encoder and the
+    autoencoder: the network is in fp32, for tangents and differences are taken of it. A folder that is missing,
+    incomplete, damaged or of another class raises ValueError with one line that says what to do.
     """
     entry = params.backbones.get(str(name_or_path)) if params else None
     family, options = None, {"revision": revision} if revision else {}
     if entry:
-        from .. import paths
-
         path = entry.path or paths.teacher(str(name_or_path))
         family = entry.family or str(name_or_path)
-        options = {"revision": entry.revision, "variant": entry.variant, "dtype": getattr(torch, entry.dtype)}
+        options = {"revision": entry.revision, "variant": entry.variant}
     else:
         path = name_or_path
     folder = Path(path)
     if folder.is_dir():
         class_name = _check(folder)
+    elif folder.is_relative_to(paths.DATA / "students"):
+        stages = f"dvc stage list --name-only | grep {folder.name}"
+        raise ValueError(f"student {folder.name} is not there: none ship; `dvc repro` its distill stage ({stages})")
     elif folder.is_absolute() or str(path).startswith((".", "data/")) or os.environ.get("HF_HUB_OFFLINE") == "1":
         raise ValueError(f"{path} is not there: run `dvc pull` or `dvc repro`, or correct the path")
     else:
@@ -46,6 +49,8 @@ def load(name_or_path: str | Path, params=None, revision: str | None = None) -> 
             raise ValueError(f"{path} is a {class_name}: there are backbones for {', '.join(known)}")
         family = known[class_name]
     cls = BACKBONES[family]
+    if entry:
+        options["dtype"] = {"default": getattr(torch, entry.dtype), cls.part: torch.float32}
     if class_name not in (None, cls.pipeline_class.__name__):
         raise ValueError(f"{path} is a {class_name}: backbone {family!r} needs a {cls.pipeline_class.__name__}")
     try:

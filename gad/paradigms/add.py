@@ -24,7 +24,7 @@ class ADD(Adversarial):
         backbone = self.backbone
         k = (batch.uniform(len(batch.z)) * self.steps).long()
         t = self.times.to(k.device)[k]
-        z = batch.z.roll(1, 0)  # another's noise
+        z, _ = batch.other
         x = torch.where(t_like(k, z) == 0, z, backbone.add_noise(batch.x0, z, t))
         x_hat = backbone.x0(self.student, x, t, batch.cond)
         fooled = -self.logits(self.features(x_hat, batch)).mean()

@@ -25,42 +25,46 @@ class Draws:
     parts: int = 1
 
     device = property(lambda self: self.generator.device)
+    all = property(lambda self: Draws(self.generator))
 
     def uniform(self, n: int) -> Tensor:
         """(n,) in [0, 1), fp64."""
-        return self._own(torch.rand(n * self.parts, generator=self.generator, device=self.device, dtype=torch.float64))
+        return self.own(torch.rand(n * self.parts, generator=self.generator, device=self.device, dtype=torch.float64))
 
     def normal(self, n: int, *shape: int, dtype=None) -> Tensor:
         """(n, *shape)."""
         n *= self.parts
-        return self._own(torch.randn(n, *shape, generator=self.generator, device=self.device, dtype=dtype))
+        return self.own(torch.randn(n, *shape, generator=self.generator, device=self.device, dtype=dtype))
 
     def integers(self, top: int, n: int) -> Tensor:
         """(n,) below `top`."""
-        return self._own(torch.randint(top, (n * self.parts,), generator=self.generator, device=self.device))
+        return self.own(torch.randint(top, (n * self.parts,), generator=self.generator, device=self.device))
 
     def direction(self, x: Tensor, kind: str = "gaussian") -> Tensor:
         """`geometry.direction`."""
         whole = x.detach().repeat(self.parts, *[1] * (x.ndim - 1))
-        return self._own(geometry.direction(whole, kind, self.generator))
+        return self.own(geometry.direction(whole, kind, self.generator))
 
     def chance(self, p: float) -> bool:
         """One outcome for all parts."""
         return bool(torch.rand(1, generator=self.generator, device=self.device, dtype=torch.float64) < p)
 
-    def _own(self, x):
+    def own(self, x):
+        """This part's rows."""
         return x.chunk(self.parts)[self.part]
 
 
 @dataclass(frozen=True)
 class Batch:
     """`z` (B, C, H, W): initial noises. `cond`: their prompts. `generator`: all further randomness. `x0`: where the
-    teacher's sampler takes each `z`, for a paradigm that is `paired`. `part` = (i, n): this is part i of n."""
+    teacher's sampler takes each `z`, for a paradigm that is `paired`; `other`: noises and prompts of other samples.
+    `part` = (i, n): this is part i of n."""
 
     z: Tensor
     cond: Condition
     generator: torch.Generator
     x0: Tensor | None = None
+    other: tuple[Tensor, Condition] | None = None
     part: tuple[int, int] = (0, 1)
 
     @property
@@ -145,18 +149,22 @@ class Paradigm:
 
     def start(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """One step of the student's sampler for each sample: its own state `x` there, from time `t` to `s`, (B,)."""
-        k = (batch.uniform(len(batch.z)) * self.steps).long()
-        times = self.times.to(batch.z.device)
-        return self._states(batch, k), times[k], times[k + 1]
+        draws, times = batch.draws, self.times.to(batch.z.device)
+        k = (draws.all.uniform(len(batch.z) * draws.parts) * self.steps).long()
+        calls, k = int(k.max()), draws.own(k)
+        return self._states(batch, k, calls), times[k], times[k + 1]
 
     @torch.no_grad()
-    def _states(self, batch, k):
-        """The student's own state at time t_k of each sample; only the samples still on their way are run."""
+    def _states(self, batch, k, calls):
+        """The student's own state at time t_k of each sample; only the samples still on their way are run, but all
+        parts of a batch call the student equally often: where it is sharded they must."""
         x, times = batch.z.clone(), self.times.to(batch.z.device)
-        for j in range(int(k.max())):
-            i = (k > j).nonzero().flatten()
+        for j in range(calls):
+            on = (k > j).nonzero().flatten()
+            i = on if len(on) else k.new_zeros(1)
             t = times[j].expand(len(i))
-            x[i] = self.backbone.step(self.student, x[i], t, times[j + 1].expand(len(i)), batch.cond[i])
+            moved = self.backbone.step(self.student, x[i], t, times[j + 1].expand(len(i)), batch.cond[i])
+            x[on] = moved[:len(on)]
         return x
 
     def diffused(self, batch: Batch, tau: Tensor) -> Point:

@@ -27,9 +27,9 @@ class LADD(Adversarial):
         paired = F.smooth_l1_loss(x_hat, batch.x0)
         fooled = F.softplus(-self.logits(self.features(x_hat, batch))).mean()
         with torch.no_grad():
-            other = torch.arange(len(batch.z), device=x.device).roll(1)
+            _, other = batch.other
             real = self.features(batch.x0, batch)
-            fakes = [self.features(x_hat.detach(), batch), self.features(batch.x0, batch, batch.cond[other])]
+            fakes = [self.features(x_hat.detach(), batch), self.features(batch.x0, batch, other)]
         loss = F.softplus(-self.logits(real)).mean() + sum(F.softplus(self.logits(f)).mean() for f in fakes)
         return {
             "discriminator": self.regularised(loss, real),

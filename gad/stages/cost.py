@@ -26,7 +26,8 @@ NOTE = """# What a step costs
 `python -m gad cost {backbone} {blocks}`: {device}, batch {batch}, `{form}` form with {pairs} pairs{map}.
 Base and GAD take turns, {blocks} blocks each; medians of a step, and of the ratio of neighbouring blocks, with a 95 %
 bootstrap interval over blocks. Memory is the peak of the process (CPU) or of what is allocated (GPU), with the networks
-and moments of all columns in it: the columns' differences are what a term needs.
+and moments of all columns in it: the columns' differences are what a term needs. The teacher's exact tangents, at
+{kept} noises once a backbone, are in none of it.
 
 """
 TITLES = {"gad": "GAD", "every": "GAD each 4th step", "map": "GAD, map form"}
@@ -125,6 +126,7 @@ def _write(frame, p, backbone, blocks, device):
     what = torch.cuda.get_device_name() if device.type == "cuda" else f"{p.threads} CPU thread(s)"
     note = NOTE.format(
         backbone=backbone, blocks=blocks, device=what, batch=p.distill.batch, form=p.gad.form, pairs=p.gad.pairs,
+        kept=p.endpoints.pairs,
         map=f" (`map`: {p.controls['map'].pairs})" if "map" in titles else "",
     )
     path.with_suffix(".md").write_text(note + cells.to_markdown(index=False) + "\n")

@@ -11,8 +11,6 @@ from ..tangents import Paths, Samples, Tangents
 from ..worlds import world_of
 from .common import prepare, write_csv, write_json
 
-BATCH = 32  # of the endpoints students learn from: fixed, since their bits depend on it
-
 
 def diagnose(backbone: str, p: Params) -> dict:
     """The teacher's endpoints and exact tangents at training and test noises, what a student can and can't
@@ -29,7 +27,7 @@ def diagnose(backbone: str, p: Params) -> dict:
             lambda c: geometry.endpoint(teacher, teacher.network, c, steps, cfg), z, v, cond, batch, backbone
         )
 
-    def save(path, prompts, seeds, times, batch=BATCH, dtype=torch.float32):
+    def save(path, prompts, seeds, times, batch=p.hardware.tangents, dtype=torch.float32):
         """The teacher's path, and how it turns with the noise, at the first and last of `times` and between."""
         z, v, cond = Tangents.inputs(teacher, prompts, seeds)
         found = geometry.tangents(

@@ -50,7 +50,7 @@ def _student(run, p, folder, work, accelerator):
         "run": list(run), "distill": p.distill.identity, "paradigm": p.paradigms[run.paradigm],
         "backbone": p.backbones[run.backbone].model_dump(), "teacher": train.x0.double().sum().item(),
         "gad": term.model_dump() if term else None, "steps": p.steps(run.paradigm, run.variant),
-    }
+    } | ({"samples": samples.x0.double().sum().item()} if paired else {})
     made = students.distill(run, p, backbone, cond, train, test, samples, folder, work, accelerator, config)
     return made, backbone
 
@@ -78,11 +78,12 @@ def publish(run: Run, p: Params) -> dict:
 NOTE = """# What was tried
 
 Miniature students at settings that were tried; where none stand, those of `params.yaml`. Each row is made by
-`python -m gad --set KEY=VALUE … trial BACKBONE PARADIGM VARIANT`, on prompts and noises that no table uses, with a 95 %
-bootstrap interval over prompts. One seed a row.
+`python -m gad --set KEY=VALUE … trial BACKBONE PARADIGM VARIANT`, on prompts and noises drawn anew (in so small a
+world some prompts are the tables' too), with a 95 % bootstrap interval over prompts. `seed`: of distillation, a further
+argument of `trial`; rows that differ in it alone show what training itself varies by.
 
 """
-TRIAL = 20  # added to the world's seed: trials see neither the prompts nor the noises of the tables
+TRIAL = 20  # added to the world's seed: trials have noises of their own, and prompts drawn anew
 
 
 def trial(run: Run, p: Params, settings: dict, prompts: int = 128, noises: int = 48) -> dict:
@@ -93,7 +94,7 @@ def trial(run: Run, p: Params, settings: dict, prompts: int = 128, noises: int =
     began = time.monotonic()
     (log, _), backbone = _student(run, p, work / "student", work, prepare(p, p.distill.precision))
     seconds = time.monotonic() - began
-    student = load(work / "student").to(backbone.device).network
+    student = load(work / "student").network.to(backbone.device)
     row = {
         "backbone": run.backbone, "paradigm": run.paradigm, "variant": run.variant, "seed": run.seed,
         "settings": " ".join(f"{k}={v}" for k, v in sorted(settings.items())),
@@ -130,7 +131,7 @@ def _append(path: Path, row: dict):
     keys = ["backbone", "paradigm", "variant", "seed", "settings", "steps"]
     frame = frame.drop_duplicates(keys, keep="last").sort_values(keys, kind="stable")
     write_csv(path, frame)
-    cells = frame[["backbone", "paradigm", "variant", "settings", "steps"]].copy()
+    cells = frame[["backbone", "paradigm", "variant", "seed", "settings", "steps"]].copy()
     for key, name in (("scene", "scene accuracy"), ("teacher", "its teacher's"), ("cos", "JVP cos")):
         cells[name] = [cell(*x) for x in frame[[key, f"{key}_low", f"{key}_high"]].to_numpy()]
     path.with_suffix(".md").write_text(NOTE + cells.to_markdown(index=False) + "\n")

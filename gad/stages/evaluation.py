@@ -20,31 +20,31 @@ def evaluate(run: Run, p: Params) -> dict:
     which, e, seed = p.backbones[run.backbone], p.evaluation, p.seeds.world
     accelerator, world = prepare(p), world_of(run.backbone, p)
     teacher = load(run.backbone, p).to(accelerator.device)
-    student = load(paths.student(run)).to(accelerator.device)
+    student = load(paths.student(run)).network.to(accelerator.device)
     test = Tangents.load(paths.diagnosis(run.backbone) / "test.safetensors", teacher)
     steps = which.student_steps
 
     def measured(first=None):
         y, jv = geometry.tangents(
-            lambda c: geometry.endpoint(teacher, student.network, c, steps, first=first),
+            lambda c: geometry.endpoint(teacher, student, c, steps, first=first),
             test.z, test.v, test.cond, e.batch, str(run),
         )
         fits = teachers.quality(
-            world, teacher, student.network, e.quality_prompts, steps, 1.0, seed + teachers.QUALITY, first
+            world, teacher, student, e.quality_prompts, steps, 1.0, seed + teachers.QUALITY, first
         )
         return {"endpoint": geometry.row(y, jv, test.x0, test.jv), "quality": fits}
 
     out = {"run": str(run), **measured()}
-    out["local"] = geometry.local_rows(teacher, student.network, test, which.cfg, e.batch)
+    out["local"] = geometry.local_rows(teacher, student, test, which.cfg, e.batch)
     unseen = Paths.load(paths.diagnosis(run.backbone) / "unseen.safetensors", teacher)
-    out["trajectory"] = trajectory.errors(teacher, student.network, unseen)
+    out["trajectory"] = trajectory.errors(teacher, student, unseen)
     if run.variant == "base" and steps > 1:
         out["hybrid"] = measured((teacher.network, which.cfg))  # the teacher's first step, then the student
     write_json(paths.result(run), out)
     prompts = world.prompts(8, seed + 8, "test")
     rows = [
         teachers.generate(teacher, network, prompts, n, cfg, seed + 8)
-        for network, n, cfg in ((teacher.network, which.teacher_steps, which.cfg), (student.network, steps, 1.0))
+        for network, n, cfg in ((teacher.network, which.teacher_steps, which.cfg), (student, steps, 1.0))
     ]
     paths.sample_grid(run).parent.mkdir(parents=True, exist_ok=True)
     save_image(torch.cat(rows), paths.sample_grid(run), nrow=8)

@@ -97,7 +97,7 @@ def use(run: Run, p: Params) -> dict:
     """The same measures of student `run`, and of a base student's images with the hybrid sampler."""
     bench = _Bench(run.backbone, p)
     teacher, which = bench.backbone, bench.which
-    student = load(paths.student(run)).to(teacher.device).network
+    student = load(paths.student(run)).network.to(teacher.device)
     classifiers = {kind: seeds.Classifier.load(bench.folder / f"{kind}.safetensors") for kind in KINDS}
     library = tables.read(bench.folder / "library.json")
 

@@ -13,7 +13,7 @@ from ..training import Role, train
 from . import scenes
 from .detector import centres
 
-QUALITY = 13  # added to the world's seed: prompts and noises of scene accuracy, on which nothing was tuned
+QUALITY = 13  # added to the world's seed: prompts and noises of scene accuracy, drawn anew
 
 
 class TeacherTask:
