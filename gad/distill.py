@@ -84,7 +84,8 @@ def distill(
             "one process and hardware.accumulate=1"
         )
     torch.manual_seed(run.seed)  # heads and adapters start alike in every process
-    paradigm = PARADIGMS[run.paradigm](backbone, which.student_steps, which.cfg, p.paradigms[run.paradigm], d)
+    settings = p.settings(run.paradigm, run.variant)
+    paradigm = PARADIGMS[run.paradigm](backbone, which.student_steps, which.cfg, settings, d)
     steps = p.steps(run.paradigm, run.variant)
     task = Distillation(paradigm, cond, teacher, gad, d.batch, run.seed, samples)
     if d.optimiser == "adamw8bit":
@@ -218,7 +219,7 @@ def save_student(run: Run, p: Params, backbone: Backbone, student, folder: Path)
         "gad": gad.model_dump() if gad else None,
         "training": {"published": published.model_dump()} if published else {
             "distill": p.distill.identity | {"steps": p.steps(run.paradigm, run.variant)},
-            run.paradigm: p.paradigms[run.paradigm],
+            run.paradigm: p.settings(run.paradigm, run.variant),
         },
     }
     (folder / "gad.json").write_text(json.dumps(info, indent=2) + "\n")

@@ -23,7 +23,7 @@ STUDENTS = ("distill", "evaluate", "use")
 READERS = ("evaluate", "use")  # of students; figures also want a student's probes, which ship
 ALONE = {  # no blocks beside the grid
     "baselines": {"paradigms": []}, "controls": {"variants": []}, "maps": {"variants": []},
-    "baseline_maps": {"variants": []},
+    "rates": {"variants": []}, "baseline_maps": {"variants": []},
 }
 FRESH = {
     None: (),

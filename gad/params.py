@@ -74,9 +74,11 @@ class Base(_Section):
 
 
 class Control(Gad):
-    """What a further variant does in GAD's place. `longer`: its training steps, in units of the others'."""
+    """What a further variant does in GAD's place. `longer`: its training steps, and `rate`: its student's learning
+    rate, in units of the others'."""
 
     longer: Positive = 1.0
+    rate: Positive = 1.0
 
 
 class Block(_Section):
@@ -103,12 +105,13 @@ class Further(_Section):
     baselines: Block
     controls: Block
     maps: Block
+    rates: Block
     baseline_maps: Block
 
     @property
     def controlled(self) -> list["Block"]:
         """The blocks whose variants are `controls`."""
-        return [self.controls, self.maps, self.baseline_maps]
+        return [self.controls, self.maps, self.rates, self.baseline_maps]
 
 
 class BackboneParams(_Section):
@@ -401,6 +404,11 @@ class Params(_Section):
         control = self.controls.get(variant)
         steps = self.paradigms[paradigm].get("steps", self.distill.steps)
         return round(steps * (control.longer if control else 1))
+
+    def settings(self, paradigm: str, variant: str) -> dict:
+        """The paradigm's, as `variant` is trained by them."""
+        control, own = self.controls.get(variant), self.paradigms[paradigm]
+        return own | {"lr": own["lr"] * control.rate} if control and control.rate != 1 else own
 
     @property
     def names(self) -> list[str]:

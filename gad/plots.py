@@ -39,6 +39,13 @@ def write(p: Params) -> list:
     return made
 
 
+def preview(name: str, width: int = 1100) -> Image.Image:
+    """Figure `name` for a notebook, which would weigh megabytes with whole ones."""
+    image = Image.open(paths.FIGURES / f"{name}.png").convert("RGB")
+    image.thumbnail((width, 4 * width))
+    return image.quantize(dither=Image.Dither.NONE)
+
+
 def world(p: Params):
     """Sixteen scenes with their captions."""
     drawn = scenes.sample(12, p.seeds.world, "test")

@@ -153,6 +153,7 @@ def test_blocks_beside_the_grid_make_runs_with_terms_and_steps_of_their_own():
     p = params.load(**{
         "further.baselines": {"backbones": ["sd2"], "paradigms": ["dmd"], "variants": ["base"]},
         "further.maps.paradigms": [],
+        "further.rates.paradigms": [],
         "further.baseline_maps.paradigms": [],
         "further.controls": {"backbones": ["sana"], "paradigms": ["tdm"], "variants": ["rkd", "longer"]},
         "paradigms.dmd": DATA["paradigms"]["dmd"] | {"steps": 60},
@@ -163,4 +164,6 @@ def test_blocks_beside_the_grid_make_runs_with_terms_and_steps_of_their_own():
     assert p.term("base") is None and p.term("longer") is None and p.term("gad") == p.gad
     assert p.term("rkd").form == "rkd" and p.term("rkd").h == p.gad.h
     assert p.steps("dmd", "base") == 60 and p.steps("tdm", "gad") == p.distill.steps
+    own = p.paradigms["tdm"]
+    assert p.settings("tdm", "slower") == own | {"lr": own["lr"] / 2} and p.settings("tdm", "gad") == own
     assert p.steps("tdm", "longer") == round(p.distill.steps * p.controls["longer"].longer)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -164,6 +165,16 @@ class Copy:
         """Stages that DVC would run for their own sake, not for what runs before them."""
         return set(json.loads(self.python("dvc", "status", "--json")))
 
+    def commit(self):
+        """From here on under git, without which DVC compares nothing."""
+        for name in (".gitignore", ".dvc/.gitignore"):
+            shutil.copy(ROOT / name, self.folder / name)
+        config = self.folder / ".dvc/config"
+        config.write_text(config.read_text().replace("no_scm = true", "no_scm = false"))
+        who = ("-c", "user.name=t", "-c", "user.email=t@t")
+        for command in (("init", "-q"), ("add", "-A"), (*who, "commit", "-qm", "all")):
+            subprocess.run(["git", *command], cwd=self.folder, check=True)
+
     def edit(self, overrides):
         path = self.folder / "params.yaml"
         path.write_text(yaml.safe_dump(graph._merged(yaml.safe_load(path.read_text()), overrides), sort_keys=False))
@@ -229,8 +240,15 @@ class TestGraph:
         finally:
             kept.rename(result)
 
+    def test_plots_are_shown(self, copy, tmp_path):
+        copy.python("dvc", "plots", "show", "-o", str(tmp_path))
+        page = (tmp_path / "index.html").read_text()
+        assert "JVP cosine with the teacher while training" in page and "sd2-tdm-gad-0.csv" in page
+        assert {f.name.split("_")[-1] for f in (tmp_path / "static").iterdir()} >= {"figure2.png", "figure5.png"}
+
     def test_change_runs_what_it_concerns_alone(self, copy):
         student = "distill@sd2-tdm-gad-0"
+        copy.commit()
         copy.edit({"gad": {"lam": 0.125}})
         assert copy.changed() == {student, "tables", "page"}
         copy.edit({"grid": {"backbones": ["sd2", "sana"]}})
@@ -240,6 +258,8 @@ class TestGraph:
         copy.edit({"grid": {"paradigms": ["tdm"]}})
         assert copy.changed() == {student, "tables", "page"}
         assert copy.reproduce() == {student, "evaluate@sd2-tdm-gad-0", "use@sd2-tdm-gad-0", *REPORTS}
+        changed = json.loads(copy.python("dvc", "metrics", "diff", "--json"))["reports/metrics.json"]
+        assert "students.sd2.TDM + GAD.cos" in changed and all(" + GAD" in key for key in changed)
 
     def test_rows_beside_the_grid_run_alone(self, copy):
         """Another term in GAD's place, and a checkpoint of others, which needs no training."""

@@ -47,7 +47,7 @@ def _student(run, p, folder, work, accelerator):
         samples = Samples.load(endpoints / "samples.safetensors", backbone) if paired else None
     term = p.term(run.variant)
     config = {
-        "run": list(run), "distill": p.distill.identity, "paradigm": p.paradigms[run.paradigm],
+        "run": list(run), "distill": p.distill.identity, "paradigm": p.settings(run.paradigm, run.variant),
         "backbone": p.backbones[run.backbone].model_dump(), "teacher": train.x0.double().sum().item(),
         "gad": term.model_dump() if term else None, "steps": p.steps(run.paradigm, run.variant),
     } | ({"samples": samples.x0.double().sum().item()} if paired else {})

@@ -13,7 +13,7 @@ from ..params import Params, Run
 VARIANTS = {
     "base": "", "gad": " + GAD", "map": " + GAD, map form", "every4": " + GAD each 4th step",
     "unrelated": " + unrelated tangents", "augmentation": " + noise augmentation", "rkd": " + RKD",
-    "similarity": " + SP", "longer": ", longer",
+    "similarity": " + SP", "longer": ", longer", "slower": ", half the rate",
 }
 HYBRID = ", first step by the teacher"
 

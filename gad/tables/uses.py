@@ -293,7 +293,7 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             *_section(found["table2"], [*_learnt(p).values()],
                       f"Self, linear, top-1, by how many images are learnt from: prompts × {u.seeds} seeds", _own)],
         "table3": ["# Table 3, quality", (
-            f"{note} {seeds}."
+            f"{note} {seeds}; what other noises would change is in no interval."
             + on("mini", (
                 "CLIP: cosine by the world's own OpenCLIP model; what that can tell apart stands last; scene accuracy, "
                 "by the detector, stands where the paper has PickScore; FID on that model's features, against the "
