@@ -243,7 +243,7 @@ class TestGraph:
     def test_plots_are_shown(self, copy, tmp_path):
         copy.python("dvc", "plots", "show", "-o", str(tmp_path))
         page = (tmp_path / "index.html").read_text()
-        assert "JVP cosine with the teacher while training" in page and "sd2-tdm-gad-0.csv" in page
+        assert "JVP cosine with the teacher while training" in page and "sd2-tdm-gad-0" in page
         assert {f.name.split("_")[-1] for f in (tmp_path / "static").iterdir()} >= {"figure2.png", "figure5.png"}
 
     def test_change_runs_what_it_concerns_alone(self, copy):
@@ -259,7 +259,7 @@ class TestGraph:
         assert copy.changed() == {student, "tables", "page"}
         assert copy.reproduce() == {student, "evaluate@sd2-tdm-gad-0", "use@sd2-tdm-gad-0", *REPORTS}
         changed = json.loads(copy.python("dvc", "metrics", "diff", "--json"))["reports/metrics.json"]
-        assert "students.sd2.TDM + GAD.cos" in changed and all(" + GAD" in key for key in changed)
+        assert changed and all(key.startswith("students.sd2.TDM + GAD") for key in changed)
 
     def test_rows_beside_the_grid_run_alone(self, copy):
         """Another term in GAD's place, and a checkpoint of others, which needs no training."""
