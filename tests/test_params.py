@@ -9,7 +9,7 @@ import pytest
 import yaml
 from dvc.utils.hydra import apply_overrides
 
-from gad import params
+from gad import graph, params
 from gad.params import ROOT, ParamsError, Run
 
 DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -167,3 +167,12 @@ def test_blocks_beside_the_grid_make_runs_with_terms_and_steps_of_their_own():
     own = p.paradigms["tdm"]
     assert p.settings("tdm", "slower") == own | {"lr": own["lr"] / 2} and p.settings("tdm", "gad") == own
     assert p.steps("tdm", "longer") == round(p.distill.steps * p.controls["longer"].longer)
+
+
+def test_smoke_trains_next_to_nothing():
+    """A cycle that a backbone has of its own in params.yaml needs its own in the smoke run too."""
+    smoke = yaml.safe_load((ROOT / "tests/smoke.yaml").read_text())
+    p = params.validate(graph._merged(yaml.safe_load((ROOT / "params.yaml").read_text()), smoke))
+    for name in p.backbones:
+        teacher = p.teacher_of(name).model_dump()
+        assert all(cycle["steps"] <= 2 for cycle in (teacher, *teacher["refine"])), name
