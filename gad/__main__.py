@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from .params import ParamsError, Run, load
+from .params import ParamsError, Run, assignment, load
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,9 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 def _assignment(text: str) -> tuple:
     import yaml
 
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ParamsError(f"--set {text}: write KEY=VALUE")
+    key, value = assignment(text)
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError:

@@ -408,7 +408,7 @@ class Params(_Section):
     def settings(self, paradigm: str, variant: str) -> dict:
         """The paradigm's, as `variant` is trained by them."""
         control, own = self.controls.get(variant), self.paradigms[paradigm]
-        return own | {"lr": own["lr"] * control.rate} if control and control.rate != 1 else own
+        return own | {"lr": own["lr"] * (control.rate if control else 1)}
 
     @property
     def names(self) -> list[str]:
@@ -480,6 +480,14 @@ def validate(data: dict, where: str = "params.yaml") -> Params:
                 hint = " (write 1.0e-4, with the dot)" if isinstance(value, str) and _number(value) else ""
                 lines.append(f"{where}: {key}={value!r}: {e['msg'][0].lower() + e['msg'][1:]}{hint}")
         raise ParamsError("\n".join(lines)) from None
+
+
+def assignment(text: str) -> tuple[str, str]:
+    """Key and value of a `--set KEY=VALUE`."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ParamsError(f"--set {text}: write KEY=VALUE")
+    return key, value
 
 
 def _number(text):

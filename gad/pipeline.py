@@ -14,7 +14,7 @@ from pathlib import Path
 try:
     from . import graph, paths
     from .graph import PROGRESS, PipelineError
-    from .params import ROOT, Params, ParamsError, load
+    from .params import ROOT, Params, ParamsError, assignment, load
 except ModuleNotFoundError as error:
     sys.exit(f"gad: {error}: activate the project's environment (. .venv/bin/activate), or use make")
 
@@ -188,9 +188,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _assignment(text: str):
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise PipelineError(f"--set {text}: write KEY=VALUE")
+    key, value = assignment(text)
     return key, int(value) if re.fullmatch(r"-?\d+", value) else value
 
 

@@ -178,7 +178,7 @@ def train(
     already done, on the main process. `accumulate`: parts in which each process takes its share of a batch, one after
     another; more need less memory and give the same gradients. `shard`: each process keeps its share of the roles
     alone, and all of them call `on_step`. The accelerator's trackers see what is logged.
-    Raises `DivergedError` at the first non-finite loss; the last checkpoint stays.
+    Raises `DivergedError` at the first non-finite loss or gradient; the last checkpoint stays.
     """
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
     folder.mkdir(parents=True, exist_ok=True)

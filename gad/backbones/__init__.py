@@ -30,7 +30,8 @@ def load(name_or_path: str | Path, params=None, revision: str | None = None) -> 
     if entry:
         path = entry.path or paths.teacher(str(name_or_path))
         family = entry.family or str(name_or_path)
-        options = {"revision": entry.revision, "variant": entry.variant}
+        dtype = {"default": getattr(torch, entry.dtype), BACKBONES[family].part: torch.float32}
+        options = {"revision": entry.revision, "variant": entry.variant, "dtype": dtype}
     else:
         path = name_or_path
     folder = Path(path)
@@ -49,8 +50,6 @@ def load(name_or_path: str | Path, params=None, revision: str | None = None) -> 
             raise ValueError(f"{path} is a {class_name}: there are backbones for {', '.join(known)}")
         family = known[class_name]
     cls = BACKBONES[family]
-    if entry:
-        options["dtype"] = {"default": getattr(torch, entry.dtype), cls.part: torch.float32}
     if class_name not in (None, cls.pipeline_class.__name__):
         raise ValueError(f"{path} is a {class_name}: backbone {family!r} needs a {cls.pipeline_class.__name__}")
     try:
