@@ -98,6 +98,10 @@ def figure2(p: Params):
             probes = pd.read_csv(paths.probe(run))
             for ax, key in zip(row[2:], ("error", "cos"), strict=True):
                 ax.plot(probes["step"], probes[key], marker="o", ls=lines[run.paradigm], ms=3, color=colour, label=name)
+                if f"{key}_low" in probes:
+                    ax.fill_between(
+                        probes["step"], probes[f"{key}_low"], probes[f"{key}_high"], color=colour, alpha=0.1, lw=0
+                    )
         floors = tables.read(paths.diagnosis(backbone) / "floors.json")
         for ax, key in zip(row[2:], ("value", "cos"), strict=True):
             _across(ax, _interval(p, floors["teacher, CFG + 1"][key], key), "teacher, guidance scale + 1")

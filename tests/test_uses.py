@@ -66,7 +66,7 @@ def test_layouts_are_read_from_images():
     assert np.isnan(detector.layouts(torch.zeros(1, 3, 64, 64), wanted)).all()
 
 
-def test_fid_is_the_textbooks_and_draws_are_paired():
+def test_fid_and_kid_are_the_textbooks_and_draws_are_paired():
     rng = np.random.default_rng(0)
     real, same, moved = (rng.normal(size=(20, 30, 4)) + m for m in (0, 0, 0.5))
     a, b = (x.reshape(-1, 4) for x in (moved, real))
@@ -74,9 +74,14 @@ def test_fid_is_the_textbooks_and_draws_are_paired():
     known = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real)
     far, near = (diversity.distances(x, real, 10) for x in (moved, same))
     assert far["fid"] == pytest.approx(known, rel=1e-4)
-    assert near["fid"] < 0.05 < far["fid"] and near["kid"] < far["kid"] and len(far["fid_draws"]) == 10
+    assert near["fid"] < 0.05 < far["fid"]
+    kernels = [(u @ v.T / 4 + 1) ** 3 for u, v in ((a, a), (b, b), (a, b))]
+    n = len(a)
+    within = sum((k.sum() - np.trace(k)) / (n * (n - 1)) for k in kernels[:2])
+    assert far["kid"] == pytest.approx(within - 2 * kernels[2].mean(), rel=1e-6) and near["kid"] < far["kid"]
     assert diversity.distances(moved, real, 10) == far
-    assert np.std(np.subtract(far["fid_draws"], near["fid_draws"])) > 0
+    for key in ("fid_draws", "kid_draws"):
+        assert len(far[key]) == 10 and np.std(np.subtract(far[key], near[key])) > 0
 
 
 # NoiseQuery
@@ -220,7 +225,7 @@ def result(vendi=3.0, shift=1.0, ap=0.5):
     }
     kinds = {k: {"top1": [0.5, 0.7], "top5": [0.9, 1.0]} for k in ("linear", "cnn")}
     return {
-        "quality": lists, "distance": {"fid": 1.0, "kid": 0.1, "fid_draws": [1.0, 1.2]},
+        "quality": lists, "distance": {"fid": 1.0, "fid_draws": [1.0, 1.2], "kid": 0.1, "kid_draws": [0.1, 0.2]},
         "diversity": {"vendi": [vendi] * 3, "layout_vendi": [2.0] * 3, "coverage": [0.5] * 3},
         "seeds": {"self": kinds, "teacher": kinds, "prompts": {n: kinds["linear"] for n in ("9", "18", "36")}},
         "layout": how,

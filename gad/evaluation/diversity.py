@@ -41,11 +41,14 @@ def coverage(points: np.ndarray, prior: np.ndarray) -> float:
 
 def distances(features: np.ndarray, real: np.ndarray, draws: int, seed: int = 0) -> dict[str, float | list[float]]:
     """FID and KID between a model's features (S, P, D) and those of the world's own scenes of the same prompts, with
-    `draws` bootstrap draws of the first over prompts. Draws depend on (P, seed) alone, so two models' are paired."""
+    `draws` bootstrap draws of each over prompts. Draws depend on (P, seed) alone, so two models' are paired."""
     rng, number = np.random.default_rng(seed), features.shape[1]
-    out = {"fid": _fid(features, real), "kid": _kid(features, real, seed)}
     chosen = [rng.integers(0, number, number) for _ in range(draws)]
-    return out | {"fid_draws": [_fid(features[:, i], real[:, i]) for i in chosen]}
+    out = {}
+    for name, distance in (("fid", _fid), ("kid", _kid)):
+        out[name] = distance(features, real)
+        out[f"{name}_draws"] = [distance(features[:, i], real[:, i]) for i in chosen]
+    return out
 
 
 class _AsIs(nn.Module):
@@ -70,10 +73,11 @@ def _fid(features, real):
     return _compute(FrechetInceptionDistance(_AsIs(features.shape[-1])).set_dtype(torch.float64), features, real)
 
 
-def _kid(features, real, seed):
+def _kid(features, real):
+    """Of all images at once: random subsets, which many images need, would add a chance of their own."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.manual_seed(seed)  # its subsets are random
+        torch.manual_seed(0)  # it adds up in random order, so that the last digits would differ
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all")
-        size = min(500, features.shape[0] * features.shape[1])
-        metric = KernelInceptionDistance(_AsIs(features.shape[-1]), subsets=20, subset_size=size)
-        return _compute(metric, features, real)
+        number = features.shape[0] * features.shape[1]
+        metric = KernelInceptionDistance(_AsIs(features.shape[-1]), subsets=1, subset_size=number)
+        return _compute(metric.set_dtype(torch.float64), features, real)

@@ -12,8 +12,9 @@ def write(p: Params) -> dict[str, dict]:
     """reports/tables/teachers.*: scene accuracies with intervals over prompts, and how far layouts spread."""
     rows, cells, found = [], [], {}
     for backbone in p.grid.backbones:
-        made = read(paths.teacher_metrics(backbone))
-        row, shown = {"backbone": backbone}, {"backbone": backbone}
+        made, which = read(paths.teacher_metrics(backbone)), p.backbones[backbone]
+        row = {"backbone": backbone, "steps": which.teacher_steps, "cfg": which.cfg}
+        shown = {"backbone": backbone, "steps": str(which.teacher_steps), "guidance scale": f"{which.cfg:g}"}
         for key, interval in accuracy([made], p.report.bootstrap).items():
             row |= dict(zip((key, f"{key}_low", f"{key}_high"), interval, strict=True))
             shown[COLUMNS[key]] = cell(*interval, ".3f")
@@ -24,8 +25,11 @@ def write(p: Params) -> dict[str, dict]:
                       "share": f"{row['spread_share']:.2f}"}
         rows.append(row)
         cells.append(shown)
-        found[backbone] = {k: round(v, 4) for k, v in row.items() if k != "backbone"}
-    text = f"On {p.teacher.prompts} test prompts, by the detector, with 95 % bootstrap intervals over prompts."
+        found[backbone] = {k: round(v, 4) for k, v in row.items() if k not in ("backbone", "steps", "cfg")}
+    text = (
+        f"On {p.teacher.prompts} test prompts, by the detector, with 95 % bootstrap intervals over prompts. Steps and "
+        "guidance scale: of the teacher's sampler, here and wherever it teaches."
+    )
     if any("spread" in row for row in rows):
         text += (
             " Spread: RMS distance of the first object's centre from its mean over seeds of one prompt, beside the "

@@ -12,7 +12,7 @@ from .common import HYBRID, cell, grouped, label, pivot, read, records, save, wo
 
 KINDS = {"linear": "linear", "cnn": "CNN"}
 TRACKED = {  # in reports/metrics.json, for `dvc metrics diff`
-    "teacher, linear, top-1": "seed_top1", "CLIP": "clip", "FID": "fid", "guided, AP50": "layout_ap50",
+    "teacher, linear, top-1": "seed_top1", "CLIP": "clip", "FID": "fid", "KID": "kid", "guided, AP50": "layout_ap50",
     "mean shift": "noise_query_shift", "Vendi": "vendi",
 }
 
@@ -30,6 +30,7 @@ def _table2(r: dict) -> dict:
 
 
 QUALITY = {"clip": "CLIP", "pickscore": "PickScore", "scene": "scene accuracy", "colour_count": "colours and count"}
+DISTANCES = {"fid": "FID", "kid": "KID"}
 DIVERSITY = {"vendi": "Vendi", "layout_vendi": "layout Vendi", "coverage": "coverage"}
 LAYOUT = {"iou": "IoU", "centre": "centre, px", "clip": "CLIP", "pickscore": "PickScore", "scene": "scene accuracy"}
 FLOORS, EFFECT = ("free", "shuffled"), ("AP", "AP50", "centre, px")  # what guidance is held against, and in what
@@ -51,7 +52,8 @@ def _named(found: dict, names: dict) -> dict:
 
 def _table3(r: dict) -> dict:
     d = r["distance"]
-    return _named(r["quality"], QUALITY) | ({"FID": (d["fid"], d["fid_draws"])} if d else {})
+    distances = {name: (d[k], d[f"{k}_draws"]) for k, name in DISTANCES.items() if f"{k}_draws" in d}
+    return _named(r["quality"], QUALITY) | distances
 
 
 def _table5(r: dict) -> dict:
@@ -145,7 +147,8 @@ def long(p: Params, names=tuple(TABLES)) -> dict[str, pd.DataFrame]:
                 rows[table] += records(metrics, backbone=backbone, model=model)
 
             if table == "table3":
-                shown.get("the world", {}).pop("FID", None)  # from itself
+                for name in DISTANCES.values():
+                    shown.get("the world", {}).pop(name, None)  # from itself
             for name, metrics in shown.items():
                 add(name, {k: interval(x, n, _is_share(k)) for k, x in metrics.items()})
             for name, metrics in shown.items():
@@ -273,7 +276,7 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
 
     seeds = f"{u.seeds} seeds under {u.prompts} prompts"
     named = [f"{side}, {kind}, top-{k}" for side in ("self", "teacher") for kind in KINDS.values() for k in (1, 5)]
-    quality, diversity = [*QUALITY.values(), "FID"], [*DIVERSITY.values(), "CLIP"]
+    quality, diversity = [*QUALITY.values(), *DISTANCES.values()], [*DIVERSITY.values(), "CLIP"]
     layout = [f"guided, {k}" for k in ("AP", "AP50", *LAYOUT.values())]
     floors = [f"{how}, {k}" for how in FLOORS for k in ("AP", "AP50", "IoU", "centre, px", "CLIP")]
     effect = [f"guided − {how}, {k}" for how in FLOORS for k in EFFECT]
@@ -296,13 +299,13 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             f"{note} {seeds}; what other noises would change is in no interval."
             + on("mini", (
                 "CLIP: cosine by the world's own OpenCLIP model; what that can tell apart stands last; scene accuracy, "
-                "by the detector, stands where the paper has PickScore; FID on that model's features, against the "
-                "world's own layouts of the same prompts; few images make it large, so that only differences are to "
-                "be read. Resampled prompts repeat, which makes it larger still: intervals are the spread of such "
-                "draws, about the value."))
+                "by the detector, stands where the paper has PickScore; FID and KID on that model's features, against "
+                "the world's own layouts of the same prompts; few images make FID large, so that only differences are "
+                "to be read, and KID not, which of few may be below zero. Resampled prompts repeat, which makes FID "
+                "larger still: intervals are the spread of such draws, about the value."))
             + on("coco", (
                 "Photographs: CLIP is OpenCLIP's cosine, of which the paper prints 100 times as much, and PickScore on "
-                "its authors' scale; no photograph is fetched, so there is no FID."))),
+                "its authors' scale; no photograph is fetched, so there is neither FID nor KID."))),
             *_section(found["table3"], quality, "Quality", _own), *PAPER["table3"],
             *_section(found["table3"], quality, "Differences, paired", _difference, "+.3g"),
             *(_judge() if "mini" in there else ())],
