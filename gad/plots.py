@@ -88,7 +88,7 @@ def figure2(p: Params):
     n, lines = len(p.grid.backbones), dict(zip(p.grid.paradigms, cycle(("-", "--", ":", "-.")), strict=False))
     figure, axes = plt.subplots(n, 4, figsize=(12, 2.5 * n), squeeze=False, sharex="col")
     for row, backbone in zip(axes, p.grid.backbones, strict=True):
-        for run in _runs(p, backbone):
+        for number, run in enumerate(_runs(p, backbone)):
             result, colour, name = tables.read(paths.result(run)), COLOURS[run.variant], tables.label(run)
             levels = [float(k) for k in result["local"]]
             for ax, key in zip(row[:2], ("value", "cos"), strict=True):
@@ -98,10 +98,9 @@ def figure2(p: Params):
             probes = pd.read_csv(paths.probe(run))
             for ax, key in zip(row[2:], ("error", "cos"), strict=True):
                 ax.plot(probes["step"], probes[key], marker="o", ls=lines[run.paradigm], ms=3, color=colour, label=name)
-                if f"{key}_low" in probes:
-                    ax.fill_between(
-                        probes["step"], probes[f"{key}_low"], probes[f"{key}_high"], color=colour, alpha=0.1, lw=0
-                    )
+                if f"{key}_low" in probes:  # of the finished student alone, side by side: bands would hide each other
+                    at, last = probes["step"].max() * (1.03 + 0.03 * number), probes.iloc[-1]
+                    ax.vlines(at, last[f"{key}_low"], last[f"{key}_high"], color=colour, ls=lines[run.paradigm], lw=1.2)
         floors = tables.read(paths.diagnosis(backbone) / "floors.json")
         for ax, key in zip(row[2:], ("value", "cos"), strict=True):
             _across(ax, _interval(p, floors["teacher, CFG + 1"][key], key), "teacher, guidance scale + 1")
