@@ -79,8 +79,8 @@ NOTE = """# What was tried
 Miniature students at settings that were tried; where none stand, those of `params.yaml`. Each row is made by
 `python -m gad --set KEY=VALUE … trial BACKBONE PARADIGM VARIANT`, on prompts and noises drawn anew (in so small a
 world some prompts are the tables' too), with a 95 % bootstrap interval over prompts. `seed`: of distillation, a further
-argument of `trial`; rows that differ in it alone show what training itself varies by. A row's teacher is the one there was
-then: where it draws less well than the tables say, an earlier one.
+argument of `trial`; rows that differ in it alone show what training itself varies by. A row's teacher is the one there
+was then: where it draws less well than the tables say, an earlier one.
 
 """
 TRIAL = 20  # added to the world's seed: trials have noises of their own, and prompts drawn anew
