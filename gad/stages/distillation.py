@@ -10,6 +10,7 @@ import pandas as pd
 from .. import distill as students
 from .. import paths
 from ..backbones import load, with_lora
+from ..embeddings import keep
 from ..evaluation.geometry import bootstrap, compare, endpoint, tangents
 from ..paradigms import PARADIGMS
 from ..params import Params, Run
@@ -17,7 +18,7 @@ from ..tables import cell
 from ..tangents import Samples, Tangents
 from ..world import teacher as teachers
 from ..worlds import world_of
-from .common import placed, prepare, write_csv
+from .common import prepare, write_csv
 
 
 def distill(run: Run, p: Params, track: str | None = None) -> dict:
@@ -37,7 +38,7 @@ def distill(run: Run, p: Params, track: str | None = None) -> dict:
 
 
 def _student(run, p, folder, work, accelerator):
-    backbone = placed(accelerator.device, run.backbone, p)
+    backbone = keep(load(run.backbone, p), paths.embeddings(), accelerator.device)
     endpoints, paired = paths.endpoints(run.backbone), PARADIGMS[run.paradigm].paired
     prompts = world_of(run.backbone, p).prompts(p.distill.prompts, p.seeds.world)
     with accelerator.main_process_first():  # which encodes all prompts there will be; the others read them
