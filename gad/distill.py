@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from .backbones import Backbone, Condition
-from .evaluation.geometry import bootstrap, compare, endpoint, tangents
+from .evaluation.geometry import compare, endpoint, interval_columns, tangents
 from .paradigms import PARADIGMS
 from .paradigms.base import Batch, Draws
 from .paradigms.forms import gad_loss
@@ -137,13 +137,12 @@ def look(backbone, student, test: Tangents, steps: int) -> dict[str, float]:
     """Values and tangents of the endpoint map on a few test noises: relative squared error, JVP cosine, ratio of norms,
     the first two with 95 % bootstrap intervals over the noises (`_low`, `_high`), of which each has its own prompt."""
     y, jv = tangents(lambda c: endpoint(backbone, student, c, steps), test.z, test.v, test.cond, len(test))
-    response = compare(jv, test.jv)
-    out = {}
-    for key, x, mean in (("error", compare(y, test.x0)["relative"], np.median), ("cos", response["cos"], np.mean)):
-        x = x.cpu().numpy()
-        stats = bootstrap(lambda i, x=x, mean=mean: mean(x[i], axis=-1), np.arange(len(x)), 1000)
-        out |= dict(zip((key, f"{key}_low", f"{key}_high"), stats, strict=True))
-    return out | {"ratio": response["ratio"].log().mean().exp().item()}
+    error, response = compare(y, test.x0)["relative"], compare(jv, test.jv)
+    return {
+        **interval_columns("error", error.cpu().numpy(), 1000, np.median),
+        **interval_columns("cos", response["cos"].cpu().numpy(), 1000),
+        "ratio": response["ratio"].log().mean().exp().item(),
+    }
 
 
 def in_8bit(role: Role):

@@ -63,6 +63,7 @@ class _AsIs(nn.Module):
 
 
 def _compute(metric, features, real) -> float:
+    metric.set_dtype(torch.float64)
     for x, is_real in ((real, True), (features, False)):
         metric.update(torch.as_tensor(x).double().flatten(0, 1), real=is_real)
     value = metric.compute()
@@ -70,7 +71,7 @@ def _compute(metric, features, real) -> float:
 
 
 def _fid(features, real):
-    return _compute(FrechetInceptionDistance(_AsIs(features.shape[-1])).set_dtype(torch.float64), features, real)
+    return _compute(FrechetInceptionDistance(_AsIs(features.shape[-1])), features, real)
 
 
 def _kid(features, real):
@@ -80,4 +81,4 @@ def _kid(features, real):
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all")
         number = features.shape[0] * features.shape[1]
         metric = KernelInceptionDistance(_AsIs(features.shape[-1]), subsets=1, subset_size=number)
-        return _compute(metric.set_dtype(torch.float64), features, real)
+        return _compute(metric, features, real)

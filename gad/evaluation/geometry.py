@@ -99,3 +99,10 @@ def bootstrap(statistic, prompts: np.ndarray, n: int, seed: int = 0) -> tuple[fl
     chosen = np.random.default_rng(seed).integers(0, len(groups), (n, len(groups)))
     low, high = np.percentile(statistic(groups[chosen].reshape(n, -1)), [2.5, 97.5])
     return float(statistic(np.arange(len(prompts)))), float(low), float(high)
+
+
+def interval_columns(name: str, x: np.ndarray, n: int, mean=np.mean) -> dict[str, float]:
+    """Columns `name`, `name_low` and `name_high` of a row: the `mean` of x (N,) and its interval, each entry resampled
+    on its own."""
+    stats = bootstrap(lambda i: mean(x[i], axis=-1), np.arange(len(x)), n)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), stats, strict=True))

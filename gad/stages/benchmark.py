@@ -235,8 +235,7 @@ def _row(model, name, which, data, gad, p, batch, blocks, compiled, checkpointin
     row["note"] = f"out of memory: {', '.join(lost)}" if lost else ""
     if not lost:
         each = (seconds["gad"] / seconds["base"]).to_numpy()
-        found = geometry.bootstrap(lambda i: np.median(each[i], -1), np.arange(blocks), p.report.bootstrap)
-        row |= dict(zip(("ratio", "ratio_low", "ratio_high"), found, strict=True))
+        row |= geometry.interval_columns("ratio", each, p.report.bootstrap, np.median)
     return row
 
 

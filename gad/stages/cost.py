@@ -12,7 +12,7 @@ import torch
 from .. import paths
 from ..backbones import load
 from ..distill import Distillation
-from ..evaluation.geometry import bootstrap
+from ..evaluation.geometry import interval_columns
 from ..paradigms import PARADIGMS
 from ..params import Params
 from ..tables import cell
@@ -60,8 +60,7 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
         row = {"backbone": backbone, "paradigm": name, "seconds": seconds["base"].median()}
         for k in [k for k in TITLES if k in terms]:
             ratio = (seconds[k] / seconds["base"]).to_numpy()
-            found = bootstrap(lambda i, x=ratio: np.median(x[i], -1), np.arange(blocks), p.report.bootstrap)
-            row |= dict(zip((k, f"{k}_low", f"{k}_high"), found, strict=True))
+            row |= interval_columns(k, ratio, p.report.bootstrap, np.median)
         row |= {f"memory_{k}": timed[k].memory for k in timed}
         rows.append(row)
         told = ", ".join(f"{title} {row[k]:.2f}" for k, title in TITLES.items() if k in terms)

@@ -11,7 +11,7 @@ from .. import distill as students
 from .. import paths
 from ..backbones import load, with_lora
 from ..embeddings import keep
-from ..evaluation.geometry import bootstrap, compare, endpoint, tangents
+from ..evaluation.geometry import compare, endpoint, interval_columns, tangents
 from ..paradigms import PARADIGMS
 from ..params import Params, Run
 from ..tables import cell
@@ -105,23 +105,18 @@ def trial(run: Run, p: Params, settings: dict, prompts: int = 128, noises: int =
         ("scene", student, which.student_steps, 1.0), ("teacher", backbone.network, which.teacher_steps, which.cfg)
     ):
         fits = teachers.quality(world, backbone, network, prompts, steps, cfg, seed)
-        row |= _interval(name, np.array(fits[world.keys[0]]), p)
+        row |= interval_columns(name, np.array(fits[world.keys[0]]), p.report.bootstrap)
     captions = world.prompts(prompts, seed, "test")
     z, v, cond = Tangents.inputs(backbone, captions[:noises], (seed, seed + 1))
     (_, own), (_, its) = (
         tangents(lambda c, m=m: endpoint(backbone, m[0], c, m[1], m[2]), z, v, cond, p.evaluation.batch, str(run))
         for m in ((student, which.student_steps, 1.0), (backbone.network, which.teacher_steps, which.cfg))
     )
-    row |= _interval("cos", compare(own, its)["cos"].numpy(), p)
+    row |= interval_columns("cos", compare(own, its)["cos"].numpy(), p.report.bootstrap)
     row |= {"gap": log["gap"].dropna().iloc[-1] if "gap" in log else np.nan, "seconds": round(seconds)}
     shutil.rmtree(work)
     _append(paths.REPORTS / "tuning.csv", row)
     return row
-
-
-def _interval(name, x, p) -> dict:
-    value, low, high = bootstrap(lambda i: x[i].mean(-1), np.arange(len(x)), p.report.bootstrap)
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def _append(path: Path, row: dict):

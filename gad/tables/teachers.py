@@ -13,8 +13,8 @@ def write(p: Params) -> dict[str, dict]:
     rows, cells, found = [], [], {}
     for backbone in p.grid.backbones:
         made, which = read(paths.teacher_metrics(backbone)), p.backbones[backbone]
-        row = {"backbone": backbone, "steps": which.teacher_steps, "cfg": which.cfg}
-        shown = {"backbone": backbone, "steps": str(which.teacher_steps), "guidance scale": f"{which.cfg:g}"}
+        row = {}
+        shown = {"backbone": backbone, "steps": which.teacher_steps, "guidance scale": which.cfg}
         for key, interval in accuracy([made], p.report.bootstrap).items():
             row |= dict(zip((key, f"{key}_low", f"{key}_high"), interval, strict=True))
             shown[COLUMNS[key]] = cell(*interval, ".3f")
@@ -23,9 +23,9 @@ def write(p: Params) -> dict[str, dict]:
             row["spread_share"] = row["spread"] / row["spread_world"]
             shown |= {"spread, px": f"{row['spread']:.1f}", "the world's": f"{row['spread_world']:.1f}",
                       "share": f"{row['spread_share']:.2f}"}
-        rows.append(row)
+        rows.append({"backbone": backbone, "steps": which.teacher_steps, "cfg": which.cfg} | row)
         cells.append(shown)
-        found[backbone] = {k: round(v, 4) for k, v in row.items() if k not in ("backbone", "steps", "cfg")}
+        found[backbone] = {k: round(v, 4) for k, v in row.items()}
     text = (
         f"On {p.teacher.prompts} test prompts, by the detector, with 95 % bootstrap intervals over prompts. Steps and "
         "guidance scale: of the teacher's sampler, here and wherever it teaches."
