@@ -35,6 +35,8 @@ class _Kept:
         self.weights = _fingerprint(backbone.pipeline.text_encoder)
 
     def __call__(self, prompts: list[str], batch: int = 256) -> Condition:
+        if prompts != [""]:
+            self.backbone.null  # as in `Backbone.encode`
         unique = list(dict.fromkeys(prompts))
         path = self.folder / f"{self.backbone.name}-{self._key(unique, batch)}.safetensors"
         if not path.exists():

@@ -1,5 +1,6 @@
 """What a student's training keeps off the accelerator: text encoders, and three quarters of its moments."""
 
+import copy
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from gad import embeddings, params
 from gad.backbones import sana
 from gad.distill import in_8bit
 from gad.embeddings import keep
+from gad.geometry import jvp
 from gad.params import ROOT
 from gad.training import Role
 from gad.world import scenes
@@ -58,15 +60,15 @@ def test_the_text_encoder_is_on_the_device_while_it_encodes_alone(tmp_path, monk
     monkeypatch.setattr(embeddings, "load_file", lambda path, device: moves.append(f"read to {device}") or {
         k: v.to(device) for k, v in load_file(path).items()
     })
-    for expected in (["to meta", "encode", "to cpu", "read to meta"], ["read to meta"]):
+    for expected in (["to meta", "encode", "to cpu", "read to meta"], ["read to meta"]):  # the empty prompt, the rest
         backbone = keep(build("sana"), tmp_path, "meta")
         encoder = backbone.pipeline.text_encoder
         assert encoder.device.type == "cpu"
         assert backbone.network.device.type == backbone.pipeline.vae.device.type == "meta"
         monkeypatch.setattr(encoder, "to", lambda device, e=encoder: moves.append(f"to {device}") or e)
-        monkeypatch.setattr(backbone.encode, "anew", lambda *_: moves.append("encode") or made[:3])
+        monkeypatch.setattr(backbone.encode, "anew", lambda unique, *_: moves.append("encode") or made[:len(unique)])
         assert backbone.encode(PROMPTS).embeds.device.type == "meta"
-        assert moves == expected
+        assert moves == expected * 2
         moves.clear()
 
 
@@ -89,7 +91,7 @@ def test_another_text_encoder_never_meets_old_embeddings(change, tmp_path):
     change(plain)
     change(other)
     assert_same(keep(other, tmp_path, "cpu").encode(PROMPTS), plain.encode(PROMPTS))
-    assert len(files(tmp_path)) == 2
+    assert len(files(tmp_path)) == 4  # of each the prompts, and the empty one
 
 
 def test_other_prompts_and_another_tokeniser_are_other_embeddings(tmp_path):
@@ -97,10 +99,21 @@ def test_other_prompts_and_another_tokeniser_are_other_embeddings(tmp_path):
     backbone.encode(PROMPTS)
     backbone.encode(PROMPTS[::-1])  # batched in another order
     backbone.encode(PROMPTS[:2])
-    assert len(files(tmp_path)) == 3
+    assert len(files(tmp_path)) == 4
     backbone.pipeline.tokenizer = sana._tokenizer(list(reversed(scenes.WORDS)))
     backbone.encode(PROMPTS)
-    assert len(files(tmp_path)) == 4
+    assert len(files(tmp_path)) == 5
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("name", ["sd2", "pixart", "sana"])
+def test_the_empty_prompt_is_no_tensor_of_the_transform_it_is_first_used_in(name, kept, tmp_path):
+    backbone = build(name)
+    if kept:
+        keep(backbone, tmp_path, "cpu")
+    cond, z = backbone.encode(PROMPTS[:2]), backbone.noise(2, 0)
+    jvp(lambda z: backbone.sample(backbone.network, z, cond, 1, 2.0), z, z)
+    assert copy.deepcopy(backbone.null).embeds.numpy().shape[0] == 1
 
 
 def test_two_stages_that_encode_at_once_leave_one_whole_file(tmp_path, monkeypatch):
@@ -113,13 +126,13 @@ def test_two_stages_that_encode_at_once_leave_one_whole_file(tmp_path, monkeypat
 
     monkeypatch.setattr(one.encode, "anew", meanwhile)
     assert_same(one.encode(PROMPTS), other.encode(PROMPTS))
-    assert len(files(tmp_path)) == 1
+    assert len(files(tmp_path)) == 2
 
 
 def test_embeddings_that_cannot_be_read_are_named(tmp_path):
     backbone = keep(build("sd2"), tmp_path, "cpu")
     backbone.encode(PROMPTS)
-    [path] = files(tmp_path)
+    path = max(files(tmp_path), key=lambda f: f.stat().st_size)  # the other is the empty prompt's
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"not readable.*delete it, and prompts are encoded anew") as error:
         backbone.encode(PROMPTS)
