@@ -36,7 +36,7 @@ class _Kept:
 
     def __call__(self, prompts: list[str], batch: int = 256) -> Condition:
         if prompts != [""]:
-            self.backbone.null  # as in `Backbone.encode`
+            _ = self.backbone.null  # as in `Backbone.encode`
         unique = list(dict.fromkeys(prompts))
         path = self.folder / f"{self.backbone.name}-{self._key(unique, batch)}.safetensors"
         if not path.exists():

@@ -176,9 +176,9 @@ class AutoencoderParams(_Section):
 
 
 class Cycle(_Section):
-    """One cosine cycle of a teacher's training. `focus`: share of the noise levels drawn where layouts are decided;
-    `crowded`: scenes are drawn in proportion to their number of objects; `seed`: added to the world's, so that cycles
-    need not draw the same noises."""
+    """One cosine cycle of a teacher's training. `focus`: share of the noise levels drawn where layouts are decided,
+    their log SNR normal about `focus_at`; `crowded`: scenes are drawn in proportion to their number of objects;
+    `seed`: added to the world's, so that cycles need not draw the same noises."""
 
     steps: PositiveInt
     lr: Positive
@@ -186,6 +186,7 @@ class Cycle(_Section):
     compile: bool
     precision: Precision
     focus: Annotated[float, Field(ge=0, le=1)] = 0.0
+    focus_at: Annotated[float, Field(ge=-8, le=4)] = -3.0
     crowded: bool = False
     seed: int = 0
 

@@ -241,14 +241,29 @@ def test_unknown_autoencoder():
         autoencoder.build("vq")
 
 
+CYCLE = {
+    "batch": 600, "drop": 0.0, "lr": 1.0e-3, "ema": 0.9, "muon": 1.0e-3, "compile": False,
+    "focus": 0.5, "focus_at": -3.0, "crowded": False,
+}
+
+
+@pytest.mark.parametrize("at", [-3.0, -1.0])
+def test_half_the_noise_levels_lie_about_the_focus(backbone, at):
+    backbone = copy.deepcopy(backbone)
+    task = teachers.TeacherTask(backbone, lambda: None, scenes.sample(8, 0), CYCLE | {"focus_at": at})
+    alpha, sigma = backbone.levels.alpha_sigma(task.quantiles)
+    snr = 2 * (alpha / sigma).log()
+    for share, deviations in ((0.5, 0), (0.84, 1)):  # below, SD2's schedule ends
+        assert snr.quantile(share).item() == pytest.approx(at + 1.5 * deviations, abs=0.15)
+
+
 @pytest.mark.parametrize("crowded, share", [(False, 0.2), (True, 1 / 3)])
 def test_a_crowded_cycle_draws_scenes_by_their_objects(mini, monkeypatch, crowded, share):
     backbone, world, seen = copy.deepcopy(mini("pixart")), scenes.sample(4000, 0), []
     kept = backbone.encode_text
     monkeypatch.setattr(backbone, "encode_text", lambda text: (seen.extend(text), kept(text))[1])
-    p = {"batch": 600, "drop": 0.0, "lr": 1.0e-3, "ema": 0.9, "muon": 1.0e-3, "compile": False, "focus": 0.5}
     latents = torch.zeros(4000, *backbone.latent_shape)
-    task = teachers.TeacherTask(backbone, lambda: latents, world, p | {"crowded": crowded})
+    task = teachers.TeacherTask(backbone, lambda: latents, world, CYCLE | {"crowded": crowded})
     with torch.no_grad():
         loss = task.losses(0, torch.Generator().manual_seed(0))["teacher"]
     assert torch.isfinite(loss) and len(seen) == 600

@@ -112,7 +112,7 @@ class Backbone:
     def encode(self, prompts: list[str], batch: int = 256) -> Condition:
         """Prompts to conditions, `batch` at a time; equal prompts are encoded once."""
         if prompts != [""]:
-            self.null  # made here: made inside a `torch.func` transform it would be that transform's, and dead after it
+            _ = self.null  # made now: first asked for in a `torch.func` transform, it would be a dead tensor of it
         unique = list(dict.fromkeys(prompts))
         parts = [Condition(*self.encode_text(unique[i:i + batch])) for i in range(0, len(unique), batch)]
         index = {p: i for i, p in enumerate(unique)}

@@ -12,6 +12,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from .. import paths
+from ..backbones import Backbone, load
+from ..embeddings import keep
 from ..params import Params
 
 
@@ -36,6 +38,12 @@ def prepare(p: Params, precision: str = "no", track: str | None = None) -> Accel
             "are several; use MULTI_GPU, and where memory is short hardware.shard, checkpointing and accumulate"
         )
     return made
+
+
+def placed(device, name: str, p: Params) -> Backbone:
+    """Backbone `name` on `device`, its text encoder there only while it encodes what no stage has yet: T5 and Gemma
+    would take more memory than the networks."""
+    return keep(load(name, p), paths.embeddings(), device)
 
 
 def write_json(path: Path, data) -> Path:

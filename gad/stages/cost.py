@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 
 from .. import paths
-from ..backbones import load
 from ..distill import Distillation
 from ..evaluation.geometry import interval_columns
 from ..paradigms import PARADIGMS
@@ -19,7 +18,7 @@ from ..tables import cell
 from ..tangents import Samples, Tangents
 from ..training import update
 from ..worlds import world_of
-from .common import prepare, write_csv
+from .common import placed, prepare, write_csv
 
 NOTE = """# What a step costs
 
@@ -38,7 +37,7 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
     where there is one, on `backbone`; a row each, kept in reports/cost.csv. A block is as many steps as a cycle of all
     that takes turns is long."""
     accelerator = prepare(p, p.distill.precision)
-    model = load(backbone, p).to(accelerator.device)
+    model = placed(accelerator.device, backbone, p)
     which, endpoints = p.backbones[backbone], paths.endpoints(backbone)
     tangents = Tangents.load(endpoints / "train.safetensors", model)
     samples = Samples.load(endpoints / "samples.safetensors", model)

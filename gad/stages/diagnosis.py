@@ -4,12 +4,11 @@ import numpy as np
 import torch
 
 from .. import paths
-from ..backbones import load
 from ..evaluation import geometry, precision
 from ..params import Params
 from ..tangents import Paths, Samples, Tangents
 from ..worlds import world_of
-from .common import prepare, write_csv, write_json
+from .common import placed, prepare, write_csv, write_json
 
 
 def diagnose(backbone: str, p: Params) -> dict:
@@ -17,7 +16,7 @@ def diagnose(backbone: str, p: Params) -> dict:
     reach (floors), and what finite differences report in each precision."""
     which, e, seed = p.backbones[backbone], p.evaluation, p.seeds.world
     accelerator, world = prepare(p), world_of(backbone, p)
-    teacher = load(backbone, p).to(accelerator.device)
+    teacher = placed(accelerator.device, backbone, p)
     folder, endpoints = paths.diagnosis(backbone), paths.endpoints(backbone)
     for made in (folder, endpoints):
         made.mkdir(parents=True, exist_ok=True)

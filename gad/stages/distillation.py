@@ -10,7 +10,6 @@ import pandas as pd
 from .. import distill as students
 from .. import paths
 from ..backbones import load, with_lora
-from ..embeddings import keep
 from ..evaluation.geometry import compare, endpoint, interval_columns, tangents
 from ..paradigms import PARADIGMS
 from ..params import Params, Run
@@ -18,7 +17,7 @@ from ..tables import cell
 from ..tangents import Samples, Tangents
 from ..world import teacher as teachers
 from ..worlds import world_of
-from .common import prepare, write_csv
+from .common import placed, prepare, write_csv
 
 
 def distill(run: Run, p: Params, track: str | None = None) -> dict:
@@ -38,7 +37,7 @@ def distill(run: Run, p: Params, track: str | None = None) -> dict:
 
 
 def _student(run, p, folder, work, accelerator):
-    backbone = keep(load(run.backbone, p), paths.embeddings(), accelerator.device)
+    backbone = placed(accelerator.device, run.backbone, p)
     endpoints, paired = paths.endpoints(run.backbone), PARADIGMS[run.paradigm].paired
     prompts = world_of(run.backbone, p).prompts(p.distill.prompts, p.seeds.world)
     with accelerator.main_process_first():  # which encodes all prompts there will be; the others read them

@@ -11,7 +11,7 @@ from ..params import Params, Run
 from ..tangents import Paths, Tangents
 from ..world import teacher as teachers
 from ..worlds import world_of
-from .common import prepare, write_json
+from .common import placed, prepare, write_json
 
 
 def evaluate(run: Run, p: Params) -> dict:
@@ -19,7 +19,7 @@ def evaluate(run: Run, p: Params) -> dict:
     trajectories; of a base student also the first two with the hybrid sampler."""
     which, e, seed = p.backbones[run.backbone], p.evaluation, p.seeds.world
     accelerator, world = prepare(p), world_of(run.backbone, p)
-    teacher = load(run.backbone, p).to(accelerator.device)
+    teacher = placed(accelerator.device, run.backbone, p)
     student = load(paths.student(run)).network.to(accelerator.device)
     test = Tangents.load(paths.diagnosis(run.backbone) / "test.safetensors", teacher)
     steps = which.student_steps

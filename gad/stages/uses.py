@@ -14,7 +14,7 @@ from ..evaluation import diversity, layout, noise_query, seeds
 from ..params import Params, Run
 from ..world import judge as judges
 from ..world import teacher as teachers
-from .common import prepare, write_json
+from .common import placed, prepare, write_json
 
 KINDS = ("linear", "cnn")
 FIT = ("scene", "pickscore")  # how well an image fits, beside CLIP, in the one world or the other
@@ -53,7 +53,7 @@ class _Bench:
     def __init__(self, name: str, p: Params):
         self.p, self.u, device = p, p.uses, prepare(p).device
         self.which, self.folder = p.backbones[name], paths.references(name)
-        self.backbone = load(name, p).to(device)
+        self.backbone = placed(device, name, p)
         self.world = BENCHES[self.which.world](name, p, device)
         self.prompts, self.texts = self.world.prompts, self.world.texts(self.world.prompts)
         # The library; its first are the seeds.

@@ -6,12 +6,11 @@ import numpy as np
 from diffusers import AutoencoderDC, AutoencoderKL
 
 from .. import paths
-from ..backbones import load
 from ..params import Params
 from ..world import autoencoder as autoencoders
 from ..world import teacher as teachers
 from ..worlds import world_of
-from .common import prepare, write_json
+from .common import placed, prepare, write_json
 
 
 def autoencoder(kind: str, p: Params) -> dict:
@@ -48,7 +47,7 @@ def teacher(backbone: str, p: Params) -> dict:
 def _given(backbone, p, world) -> dict:
     """A teacher that is there already is used where it is; its folder here says which one it was."""
     which, device = p.backbones[backbone], prepare(p).device
-    made = load(backbone, p).to(device)
+    made = placed(device, backbone, p)
     n, seed = p.teacher_of(backbone).prompts, p.seeds.world + teachers.QUALITY
     fits = teachers.quality(world, made, made.network, n, which.teacher_steps, which.cfg, seed)
     write_json(paths.teacher(backbone) / "source.json", {

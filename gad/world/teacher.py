@@ -22,8 +22,9 @@ class TeacherTask:
     ε-prediction: uniform t; v-prediction's weight truncated at γ = 5 (Hang et al. 2023), `min(SNR + 1, 5)` on x̂0,
     capped where SNR < 0.01. Layouts are decided at high noise, to which min-SNR's own weight gives little: there
     x̂0 is ε̂'s error times `1/α`, up to 157. Flow: t shifted as the sampler's. A share `focus` of the levels is drawn
-    where the world's layouts and shapes are decided instead: log SNR normal about −3. `crowded`: scenes in proportion
-    to their number of objects, since one object is easily drawn and three are not.
+    where the world's layouts and shapes are decided instead: log SNR normal about `focus_at`, at −3 layouts, at −1
+    outlines. `crowded`: scenes in proportion to their number of objects, since one object is easily drawn and three
+    are not.
     """
 
     def __init__(self, backbone, latents, world, p):
@@ -40,7 +41,7 @@ class TeacherTask:
         number = {c: i for i, c in enumerate(self.unique)}
         self.caption = torch.tensor([number[c] for c in captions])
         self.network = torch.compile(network) if p["compile"] else network
-        self.focus, self.quantiles = p["focus"], _quantiles(backbone.levels, -3.0, 1.5)
+        self.focus, self.quantiles = p["focus"], _quantiles(backbone.levels, p["focus_at"], 1.5)
 
     @cached_property
     def latents(self):
