@@ -183,6 +183,7 @@ def test_a_student_that_is_its_teacher_is_of_the_same_use(place):
         assert student[part] == teacher[part], part
     assert student["seeds"]["self"] == student["seeds"]["teacher"] == teacher["seeds"]["self"]
     assert student["hybrid"]["quality"] == teacher["quality"]  # the teacher's first step, then its own others
+    assert teacher["untrained"] == {k: v for k, v in student.items() if k not in ("run", "hybrid")}  # it learnt nothing
     guided, free = (np.array(teacher["layout"][k]["clip"]) for k in ("guided", "free"))
     assert (guided != free).all()  # guidance reaches the images
 

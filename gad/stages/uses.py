@@ -86,6 +86,9 @@ def references(backbone: str, p: Params) -> dict:
     found = _images(bench, images)
     out = {**found, "seeds": _seeds(bench, images, classifiers, {}), "layout": _layout(bench, model)}
     out["query"] = _query(bench, model, images, library, found["quality"]["clip"])
+    # The teacher's own network in the student's steps, unguided: what a student is before it learns.
+    untrained = bench.model(bench.backbone.network, bench.which.student_steps, 1.0)
+    out["untrained"] = _student(bench, untrained, bench.matrix(untrained), classifiers, library)
     if bench.world.real is not None:
         out["world"] = _images(bench, bench.world.real)
     write_json(bench.folder / "teacher.json", out)
@@ -100,20 +103,25 @@ def use(run: Run, p: Params) -> dict:
     student = load(paths.student(run)).network.to(teacher.device)
     classifiers = {kind: seeds.Classifier.load(bench.folder / f"{kind}.safetensors") for kind in KINDS}
     library = tables.read(bench.folder / "library.json")
-
-    def measured(images):
-        return _images(bench, images) | {"seeds": _seeds(bench, images, _classifiers(bench, images), classifiers)}
-
     model = bench.model(student, which.student_steps, 1.0)
     images = bench.matrix(model)
-    out = {"run": str(run), **measured(images), "layout": _layout(bench, model)}
-    out["query"] = _query(bench, model, images, library, out["quality"]["clip"])
+    out = {"run": str(run), **_student(bench, model, images, classifiers, library)}
     if run.variant == "base" and which.student_steps > 1:
         hybrid = bench.model(student, which.student_steps, 1.0, (teacher.network, which.cfg))
-        out["hybrid"] = measured(bench.matrix(hybrid))
+        out["hybrid"] = _of_images(bench, bench.matrix(hybrid), classifiers)
     write_json(paths.use(run), out)
     _show(images, paths.use(run).with_suffix(".png"))
     return _told(out)
+
+
+def _student(bench, model, images, classifiers, library) -> dict:
+    """All measures of a student `model`, whose matrix is `images`, against the teacher's classifiers and library."""
+    out = {**_of_images(bench, images, classifiers), "layout": _layout(bench, model)}
+    return out | {"query": _query(bench, model, images, library, out["quality"]["clip"])}
+
+
+def _of_images(bench, images, classifiers) -> dict:
+    return _images(bench, images) | {"seeds": _seeds(bench, images, _classifiers(bench, images), classifiers)}
 
 
 def _library(bench, images) -> dict:

@@ -113,11 +113,12 @@ def less(a, b):
 
 
 def models(p: Params, backbone: str) -> dict[str, dict]:
-    """Results by a model's name: the world's own images, where there are any, the teacher, each student, and a base
-    student's with the hybrid sampler. Students with something else in GAD's place have no such results."""
+    """Results by a model's name: the world's own images, where there are any, the teacher, what a student is before it
+    learns, each student, and a base student's with the hybrid sampler. Students with something else in GAD's place have
+    no such results."""
     teacher = read(paths.references(backbone) / "teacher.json")
     out = {"the world": teacher["world"]} if "world" in teacher else {}
-    out["teacher"] = teacher
+    out |= {"teacher": teacher, "untrained student": teacher["untrained"]}
     beside = [run for block in p.further.controlled for run in block.runs(p.seeds.distill)]
     runs = [run for run in p.runs() if run not in beside]
     for (paradigm, variant), results in grouped(runs, backbone, paths.use).items():
