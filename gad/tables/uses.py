@@ -297,8 +297,8 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             *_section(found["table2"], [*_learnt(p).values()],
                       f"Self, linear, top-1, by how many images are learnt from: prompts × {u.seeds} seeds", _own)],
         "table3": ["# Table 3, quality", (
-            f"{note} {seeds}; what other noises would change is in no interval. Untrained student: the teacher's network "
-            "in the student's steps, unguided."
+            f"{note} {seeds}; what other noises would change is in no interval. Untrained student: the teacher's "
+            "network in the student's steps, unguided."
             + on("mini", (
                 "CLIP: cosine by the world's own OpenCLIP model; what that can tell apart stands last; scene accuracy, "
                 "by the detector, stands where the paper has PickScore; FID and KID on that model's features, against "
