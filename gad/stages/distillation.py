@@ -41,7 +41,7 @@ def _student(run, p, folder, work, accelerator):
     endpoints, paired = paths.endpoints(run.backbone), PARADIGMS[run.paradigm].paired
     prompts = world_of(run.backbone, p).prompts(p.distill.prompts, p.seeds.world)
     with accelerator.main_process_first():  # which encodes all prompts there will be; the others read them
-        cond, _ = backbone.encode(prompts), backbone.null
+        cond = backbone.encode(prompts)
         train, test = (Tangents.load(endpoints / f"{k}.safetensors", backbone) for k in ("train", "probe"))
         samples = Samples.load(endpoints / "samples.safetensors", backbone) if paired else None
     term = p.term(run.variant)
