@@ -31,6 +31,7 @@ class Claim:
     against: tuple[str, ...] = ("base",)  # the variants that GAD is compared with; none: a student without GAD
     each: str = ""  # a student has a row for each value of this column
     own: tuple[str, str] | None = None  # the backbone and paradigm of the paper's number
+    variant: str = "gad"  # what is compared
     only: bool = False  # it is claimed of that one alone
     all: bool = False  # as a whole it needs every row: a control that does as well does without tangents
 
@@ -100,6 +101,11 @@ CLAIMS = (
     Claim("Tangents are what helps: the cosine is higher with GAD than with a control in its place", "", "table1",
           _tangents("cos"), 1, all=True,
           against=("unrelated", "augmentation", "rkd", "similarity", "longer", "slower")),
+    Claim("Tangents: the cosine is higher with GAD at half the learning rate too, than at half without", "", "table1",
+          _tangents("cos"), 1, variant="slower_gad", against=("slower",)),
+    Claim("Trajectories: so is the error at their end lower (relative change)", "", "table4",
+          lambda t: (t["metric"] == "change") & (t["step"] == t["step"].max()), -1, variant="slower_gad",
+          against=("slower",)),
     Claim("Noise retrieval: the shift is nearer to the teacher's own with GAD", "", "table6",
           _metric("distance from the teacher's mean shift"), -1),
     Claim("Diversity of layouts: their Vendi score is nearer to the teacher's with GAD", "", "figure5",
@@ -131,7 +137,7 @@ def judge(p: Params, results: dict[str, pd.DataFrame]) -> pd.DataFrame:
     the long tables by name."""
     rows, runs = [], p.runs()
     for claim in CLAIMS:
-        found, of = results[claim.table], "gad" if claim.against else "base"
+        found, of = results[claim.table], claim.variant if claim.against else "base"
         found = found[claim.rows(found)]
         margin, level = (getattr(p.report, key) if key else 0.0 for key in (claim.margin, claim.level))
         for where in dict.fromkeys((r.backbone, r.paradigm) for r in runs if r.variant == of):
@@ -139,7 +145,7 @@ def judge(p: Params, results: dict[str, pd.DataFrame]) -> pd.DataFrame:
                 continue
             name = label(Run(*where, of, 0))
             others = [label(Run(*where, v, 0)) for v in claim.against if v != "base"]
-            names = {f"{name} − ({o})" for o in others} or {name, f"{name} − base", f"{name} − teacher"}
+            names = {name, *([f"{name} − ({o})" for o in others] or [f"{name} − base", f"{name} − teacher"])}
             mine = found[(found["backbone"] == where[0]) & found["model"].isin(names)]
             for row in mine.itertuples():
                 low, high = row.low - level, row.high - level

@@ -16,60 +16,56 @@ from .backbones import Backbone, Condition
 
 
 def keep(backbone: Backbone, folder: Path, device) -> Backbone:
-    """The same backbone on `device`, all but its text encoder, with an `encode` that keeps in `folder` what it made.
+    """The same backbone on `device`, all but its text encoder; what its `encode` makes is kept in `folder`.
 
     The text encoder is on `device` only while it encodes what `folder` lacks, else on the CPU.
     """
     for name, part in backbone.pipeline.components.items():
         if isinstance(part, nn.Module):
             part.to("cpu" if name == "text_encoder" else device)
-    backbone.encode = _Kept(backbone, folder)
+    backbone.encode_unlike = _Kept(backbone, folder)
     return backbone
 
 
 class _Kept:
-    """In place of a backbone's `encode`: the same bits, from disk where they are there."""
+    """In place of a backbone's `encode_unlike`: the same bits, from disk where they are there."""
 
     def __init__(self, backbone, folder):
-        self.backbone, self.folder, self.anew = backbone, folder, backbone.encode
+        self.backbone, self.folder, self.anew = backbone, folder, backbone.encode_unlike
         self.weights = _fingerprint(backbone.pipeline.text_encoder)
 
-    def __call__(self, prompts: list[str], batch: int = 256) -> Condition:
-        if prompts != [""]:
-            _ = self.backbone.null  # as in `Backbone.encode`
-        unique = list(dict.fromkeys(prompts))
-        path = self.folder / f"{self.backbone.name}-{self._key(unique, batch)}.safetensors"
+    def __call__(self, prompts: list[str], batch: int) -> Condition:
+        path = self.folder / f"{self.backbone.name}-{self._key(prompts, batch)}.safetensors"
         if not path.exists():
-            self._make(path, unique, batch)
+            self._make(path, prompts, batch)
         try:
             found = load_file(path, str(self.backbone.device))
         except (OSError, SafetensorError) as error:
             name = os.path.relpath(path)
             raise ValueError(f"{name} is not readable ({error}): delete it, and prompts are encoded anew") from None
-        index = {p: i for i, p in enumerate(unique)}
-        return Condition(**found)[[index[p] for p in prompts]]
+        return Condition(**found)
 
-    def _key(self, unique, batch) -> str:
+    def _key(self, prompts, batch) -> str:
         """Of all that fixes the bits. A tokeniser is known by what it makes of these prompts."""
         backbone, tokenizer = self.backbone, self.backbone.pipeline.tokenizer
-        tokens, length = self._tokens(unique)
+        tokens, length = self._tokens(prompts)
         code = inspect.getsource(type(backbone).encode_text)
         there = torch.__version__, transformers.__version__, backbone.device.type, torch.get_num_threads()
-        whole = self.weights, code, there, batch, unique, tokens, length, tokenizer.pad_token_id, backbone.instruction
+        whole = self.weights, code, there, batch, prompts, tokens, length, tokenizer.pad_token_id, backbone.instruction
         return hashlib.sha256(repr(whole).encode()).hexdigest()[:32]
 
-    def _tokens(self, unique) -> tuple[list[list[int]], int]:
+    def _tokens(self, prompts) -> tuple[list[list[int]], int]:
         """Called as by `encode_text`: a tokeniser keeps its last padding and truncation, and students are saved with
         them, which must not tell whether embeddings were there."""
         tokenizer = self.backbone.pipeline.tokenizer
         length = min(self.backbone.max_tokens or tokenizer.model_max_length, tokenizer.model_max_length)
-        return tokenizer(unique, padding="max_length", max_length=length, truncation=True).input_ids, length
+        return tokenizer(prompts, padding="max_length", max_length=length, truncation=True).input_ids, length
 
-    def _make(self, path, unique, batch):
+    def _make(self, path, prompts, batch):
         encoder = self.backbone.pipeline.text_encoder.to(self.backbone.device)
-        made = self.anew(unique, batch)
+        made = self.anew(prompts, batch)
         encoder.to("cpu")
-        self._tokens(unique)
+        self._tokens(prompts)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{uuid.uuid4().hex}")  # other stages may be making the same
         made.save(part)

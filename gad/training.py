@@ -38,6 +38,7 @@ class Role:
 
     AdamW at `lr`. With `muon`, the weights of hidden linear layers (all but embeddings and the output) take Muon
     (Jordan et al. 2024) at that rate instead, scaled to AdamW's RMS: transformers learn in a third of the steps.
+    `slowed`: parts of the module, each with what its rates are multiplied by.
     """
 
     module: torch.nn.Module
@@ -47,6 +48,7 @@ class Role:
     clip: float = 1.0
     ema: float | None = None
     muon: float | None = None
+    slowed: tuple[tuple[torch.nn.Module, float], ...] = ()
     optimisers: list[torch.optim.Optimizer] = field(init=False)
     average: EMAModel | None = field(init=False, default=None)
     sharded: bool = field(init=False, default=False)
@@ -60,12 +62,13 @@ class Role:
         ]
         chosen = {id(p) for p in hidden}
         rest = [p for p in self.params if id(p) not in chosen]
+        adamw = self._groups(rest, self.lr)
         self.optimisers = [
-            torch.optim.AdamW(rest, self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
+            torch.optim.AdamW(adamw, self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
         ]
         if hidden:
             muon = Muon(
-                hidden, self.muon, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw"
+                self._groups(hidden, self.muon), weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw"
             )
             self.optimisers.append(muon)
         for optimiser in self.optimisers:
@@ -73,6 +76,14 @@ class Role:
                 group["base_lr"] = group["lr"]
         if self.ema:
             self.average = EMAModel(self.params, decay=self.ema, use_ema_warmup=True, power=0.75)
+
+    def _groups(self, params, lr) -> list[dict]:
+        by = {id(p): factor for part, factor in self.slowed for p in part.parameters()}
+        factors = [by.get(id(p), 1.0) for p in params]
+        return [
+            {"params": [p for p, f in zip(params, factors, strict=True) if f == factor], "lr": lr * factor}
+            for factor in dict.fromkeys(factors)
+        ]
 
     def shard(self):
         """Leave each process its share of the weights, and so of gradients, moments and average (FSDP2), before any

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from gad import claims, paths
+from gad import claims, params, paths
 from gad.evaluation import trajectory
 from gad.evaluation.geometry import bootstrap, compare, local_rows, row, spectral_kl, spectrum, tangents
 from gad.params import Run
@@ -166,19 +166,25 @@ def test_paths_come_back_from_disk_to_the_bit(mini, prompts, tmp_path):
 def test_table4_is_against_the_base_and_its_parts_add_up(monkeypatch, tmp_path):
     rng = np.random.default_rng(0)
     base = rng.uniform(0.5, 1, (50, 2))
-    errors = {"base": (base, base * [1, 0.5]), "gad": (0.9 * base, base * [0.9, 0.3])}
+    errors = {
+        "base": (base, base * [1, 0.5]), "gad": (0.9 * base, base * [0.9, 0.3]),
+        "slower": (0.8 * base, 0.8 * base), "slower_gad": (0.6 * base, 0.6 * base),
+    }
     monkeypatch.setattr(trajectories, "models", lambda p, b: {
         ("tdm", v): [{"trajectory": {"relative": x.tolist(), "rmse": x.tolist(), "local": own.tolist()}}]
         for v, (x, own) in errors.items()
     })
     monkeypatch.setattr(paths, "TABLES", tmp_path)
     p = SimpleNamespace(report=SimpleNamespace(bootstrap=200), grid=SimpleNamespace(backbones=["sana"]),
-                        evaluation=SimpleNamespace(trajectory_prompts=50))
+                        evaluation=SimpleNamespace(trajectory_prompts=50), base_of=params.load().base_of)
     long = trajectories.write(p)
     assert dict(zip(long["step"], long["t"], strict=True)) == {1: 0.5, 2: 0}
     change = long[long["metric"] == "change"]
-    assert set(change["model"]) == {"TDM + GAD"} and change["value"].to_numpy() == pytest.approx([-0.1, -0.1])
-    assert change["low"].to_numpy() == pytest.approx([-0.1, -0.1])
+    assert {m: part["value"].tolist() for m, part in change.groupby("model")} == {
+        "TDM + GAD": pytest.approx([-0.1, -0.1]), "TDM, half the rate": pytest.approx([-0.2, -0.2]),
+        "TDM + GAD, half the rate": pytest.approx([-0.25, -0.25]),  # of what the same rate gives without
+    }
+    assert change["low"].to_numpy() == pytest.approx(change["value"].to_numpy())
 
     def at(model, metric):
         return long[(long["model"] == model) & (long["metric"] == metric)][["value", "low", "high"]].to_numpy()
@@ -191,6 +197,8 @@ def test_table4_is_against_the_base_and_its_parts_add_up(monkeypatch, tmp_path):
     own = at("TDM + GAD", "local")  # pairs are tighter than either
     assert (np.ptp(less["local"][:, 1:], axis=1) < np.ptp(own[:, 1:], axis=1)).all()
     text = (tmp_path / "table4.md").read_text()
+    named = "TDM + GAD, half the rate − (TDM, half the rate)"
+    assert at(named, "relative")[:, 0] == pytest.approx(-0.2 * base.mean(0)) and named in text
     assert text.count("## ") == 6 and text.index("t = 0.5") < text.index("t = 0 ") and text.endswith(
         trajectories.PAPER + "\n")
 
@@ -233,15 +241,17 @@ def test_claims_are_judged_by_the_grids_own_rows():
         ("sana", "TDM", "endpoint", "value", 0.05, 0.02, 0.08), ("sana", "TDM", "endpoint", "relative", 1.0, 0.05, 1.5),
         ("sana", "TDM + GAD − (TDM + unrelated tangents)", "difference", "cos", 0.01, -0.02, 0.04),
         ("sana", "TDM + GAD − (TDM + RKD)", "difference", "cos", 0.1, 0.05, 0.15),
+        ("sana", "TDM + GAD, half the rate − (TDM, half the rate)", "difference", "cos", -0.1, -0.2, -0.05),
     ], columns=keys)
     table4 = pd.DataFrame([
         ("sana", "TDM + GAD", 1, "change", 0.1, 0.05, 0.15), ("sana", "TDM + GAD", 2, "change", -0.1, -0.2, -0.05),
+        ("sana", "TDM + GAD, half the rate", 2, "change", -0.3, -0.4, 0.1),
     ], columns=["backbone", "model", "step", "metric", "value", "low", "high"])
     table3, table6 = (pd.DataFrame(rows, columns=["backbone", "model", "metric", "value", "low", "high"]) for rows in (
         [("sana", "TDM + GAD − base", "scene accuracy", -0.1, -0.13, -0.06), ("sana", "TDM", "CLIP", 1, 1, 1)],
         [("sana", "TDM", "mean shift", 0.5, 0.4, 0.6), ("sana", "TDM / teacher", "mean shift", 2, 1.5, 2.5)],
     ))
-    runs = [Run("sana", "tdm", v, 0) for v in ("base", "gad", "rkd", "unrelated")]
+    runs = [Run("sana", "tdm", v, 0) for v in ("base", "gad", "rkd", "unrelated", "slower", "slower_gad")]
     p = SimpleNamespace(runs=lambda: runs, report=SimpleNamespace(loss=0.05, clip=0.02, match=0.1, shift=0.1))
     others = {claim.table: table4 for claim in claims.CLAIMS}
     found = claims.judge(p, others | {"table1": table1, "table3": table3, "table4": table4, "table6": table6})
@@ -255,4 +265,6 @@ def test_claims_are_judged_by_the_grids_own_rows():
         (0.5, "TDM", "not reproduced"),  # that without GAD there is no shift
         (0.01, "TDM + GAD − (TDM + unrelated tangents)", "undecided"),
         (0.1, "TDM + GAD − (TDM + RKD)", "reproduced"),
+        (-0.1, "TDM + GAD, half the rate − (TDM, half the rate)", "not reproduced"),
+        (-0.3, "TDM + GAD, half the rate", "undecided"),
     ]

@@ -66,7 +66,8 @@ def test_the_text_encoder_is_on_the_device_while_it_encodes_alone(tmp_path, monk
         assert encoder.device.type == "cpu"
         assert backbone.network.device.type == backbone.pipeline.vae.device.type == "meta"
         monkeypatch.setattr(encoder, "to", lambda device, e=encoder: moves.append(f"to {device}") or e)
-        monkeypatch.setattr(backbone.encode, "anew", lambda unique, *_: moves.append("encode") or made[:len(unique)])
+        anew = backbone.encode_unlike
+        monkeypatch.setattr(anew, "anew", lambda prompts, *_: moves.append("encode") or made[:len(prompts)])
         assert backbone.encode(PROMPTS).embeds.device.type == "meta"
         assert moves == expected * 2
         moves.clear()
@@ -118,13 +119,13 @@ def test_the_empty_prompt_is_no_tensor_of_the_transform_it_is_first_used_in(name
 
 def test_two_stages_that_encode_at_once_leave_one_whole_file(tmp_path, monkeypatch):
     one, other = (keep(build("sd2"), tmp_path, "cpu") for _ in range(2))
-    anew = one.encode.anew
+    anew = one.encode_unlike.anew
 
     def meanwhile(*arguments):
         other.encode(PROMPTS)
         return anew(*arguments)
 
-    monkeypatch.setattr(one.encode, "anew", meanwhile)
+    monkeypatch.setattr(one.encode_unlike, "anew", meanwhile)
     assert_same(one.encode(PROMPTS), other.encode(PROMPTS))
     assert len(files(tmp_path)) == 2
 

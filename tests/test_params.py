@@ -166,6 +166,8 @@ def test_blocks_beside_the_grid_make_runs_with_terms_and_steps_of_their_own():
     assert p.steps("dmd", "base") == 60 and p.steps("tdm", "gad") == p.distill.steps
     own = p.paradigms["tdm"]
     assert p.settings("tdm", "slower") == own | {"lr": own["lr"] / 2} and p.settings("tdm", "gad") == own
+    assert p.settings("tdm", "slower_gad") == p.settings("tdm", "slower") and p.term("slower_gad").lam == p.gad.lam
+    assert [p.base_of(v) for v in ("gad", "rkd", "slower", "slower_gad", "longer")] == [*["base"] * 3, "slower", "base"]
     assert p.steps("tdm", "longer") == round(p.distill.steps * p.controls["longer"].longer)
 
 

@@ -1,5 +1,6 @@
 """The training loop: a run killed at any moment ends with the bits it would have had."""
 
+import copy
 import math
 import os
 from itertools import pairwise
@@ -43,6 +44,22 @@ def test_muon_takes_hidden_weights_alone():
     role = Role(net, 1e-3, muon=1e-2)
     adam, muon = ([p for g in o.param_groups for p in g["params"]] for o in role.optimisers)
     assert [p is net["hidden"].weight for p in muon] == [True] and len(adam) == 5
+
+
+def test_a_slowed_part_moves_by_its_share_of_the_rates():
+    net = torch.nn.ModuleDict({k: torch.nn.Linear(4, 4) for k in ("fast", "slow")})
+    before = copy.deepcopy(net.state_dict())
+    role = Role(net, 1e-3, muon=1e-2, slowed=((net["slow"], 0.1),))
+    assert len([p for o in role.optimisers for g in o.param_groups for p in g["params"]]) == 4  # each once
+    grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    for p in net.parameters():
+        p.grad = (grad if p.ndim == 2 else grad[0]).clone()
+    for optimiser in role.optimisers:
+        optimiser.step()
+    moved = {k: net.state_dict()[k] - v for k, v in before.items()}
+    for name in ("weight", "bias"):  # Muon's, AdamW's
+        torch.testing.assert_close(moved[f"slow.{name}"], 0.1 * moved[f"fast.{name}"], rtol=1e-3, atol=1e-8)
+        assert moved[f"fast.{name}"].abs().max() > 1e-4
 
 
 class Killed(BaseException):

@@ -243,7 +243,7 @@ def test_unknown_autoencoder():
 
 CYCLE = {
     "batch": 600, "drop": 0.0, "lr": 1.0e-3, "ema": 0.9, "muon": 1.0e-3, "compile": False,
-    "focus": 0.5, "focus_at": -3.0, "crowded": False,
+    "focus": 0.5, "focus_at": -3.0, "crowded": False, "text": 1.0,
 }
 
 

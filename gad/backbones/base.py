@@ -114,9 +114,13 @@ class Backbone:
         if prompts != [""]:
             _ = self.null  # made now: first asked for in a `torch.func` transform, it would be a dead tensor of it
         unique = list(dict.fromkeys(prompts))
-        parts = [Condition(*self.encode_text(unique[i:i + batch])) for i in range(0, len(unique), batch)]
         index = {p: i for i, p in enumerate(unique)}
-        return Condition.cat(parts)[[index[p] for p in prompts]]
+        return self.encode_unlike(unique, batch)[[index[p] for p in prompts]]
+
+    def encode_unlike(self, prompts: list[str], batch: int) -> Condition:
+        """What `encode` makes of prompts that are all different."""
+        parts = [Condition(*self.encode_text(prompts[i:i + batch])) for i in range(0, len(prompts), batch)]
+        return Condition.cat(parts)
 
     @property
     def null(self) -> Condition:

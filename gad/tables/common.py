@@ -14,6 +14,7 @@ VARIANTS = {
     "base": "", "gad": " + GAD", "map": " + GAD, map form", "every4": " + GAD each 4th step",
     "unrelated": " + unrelated tangents", "augmentation": " + noise augmentation", "rkd": " + RKD",
     "similarity": " + SP", "longer": ", longer", "slower": ", half the rate",
+    "slower_gad": " + GAD, half the rate",
 }
 HYBRID = ", first step by the teacher"
 
@@ -38,6 +39,12 @@ def worlds(p: Params) -> set[str]:
 def label(run: Run) -> str:
     name = {"sid": "SiD", "swiftbrush": "SwiftBrush"}.get(run.paradigm, run.paradigm.upper())
     return name + VARIANTS.get(run.variant, f" + {run.variant}")
+
+
+def minus_base(p: Params, paradigm: str, variant: str) -> str:
+    """What a row is called that compares a variant with its base."""
+    base, name = p.base_of(variant), label(Run("", paradigm, variant, 0))
+    return f"{name} − base" if base == "base" else f"{name} − ({label(Run('', paradigm, base, 0))})"
 
 
 def cell(value: float, low: float, high: float, spec: str = ".3g") -> str:

@@ -6,7 +6,7 @@ import pandas as pd
 from .. import paths
 from ..evaluation.geometry import bootstrap, spectral_kl
 from ..params import Params, Run
-from .common import HYBRID, label, models, pivot, prompts_of, read, records, save, worlds
+from .common import HYBRID, label, minus_base, models, pivot, prompts_of, read, records, save, worlds
 
 PAPER = pd.DataFrame(  # Table 1 of the paper, PixArt-α at full size
     [
@@ -114,9 +114,9 @@ def table1(p: Params) -> pd.DataFrame:
                         difference(hybrid, found[paradigm, "gad"], n, noises))
                 add(backbone, mixed, "endpoint", measure([r["endpoint"] for r in hybrid], n, noises))
                 add(backbone, mixed, "images", accuracy(hybrid, n) | share(hybrid, teacher, n))
-            if variant != "base" and (paradigm, "base") in found:
-                base = found[paradigm, "base"]
-                add(backbone, f"{name} − base", "difference", difference(base, results, n, noises))
+            base = found.get((paradigm, p.base_of(variant)))
+            if variant != "base" and base:
+                add(backbone, minus_base(p, paradigm, variant), "difference", difference(base, results, n, noises))
             if variant in p.controls and (paradigm, "gad") in found:
                 gad = found[paradigm, "gad"]
                 add(backbone, f"{label(Run(backbone, paradigm, 'gad', 0))} − ({name})", "difference",

@@ -5,7 +5,7 @@ import pandas as pd
 
 from ..evaluation.geometry import bootstrap
 from ..params import Params, Run
-from .common import label, models, pivot, prompts_of, records, save
+from .common import label, minus_base, models, pivot, prompts_of, records, save
 
 PAPER = "The paper (PixArt-α, 200 unseen prompts, norm not known), at t = 0: 0.491 without and 0.427 with GAD, −13 %."
 PARTS = ("relative", "local", "inherited")
@@ -17,14 +17,15 @@ TRACKED = {  # of the last step, in reports/metrics.json
 
 def table4(p: Params) -> pd.DataFrame:
     """Long form: backbone, model, step, t, metric, value, low, high. `inherited` is what `local` leaves of `relative`;
-    models named `… − base` are paired differences of the three, and `change` is a variant's mean relative error over
+    models named `… − …` are paired differences of the three, and `change` is a variant's mean relative error over
     its base's, less one, paired too."""
     n, rows = p.report.bootstrap, []
     for backbone in p.grid.backbones:
         found = models(p, backbone)
         for (paradigm, variant), results in found.items():
             name, errors = label(Run(backbone, paradigm, variant, 0)), _errors(results)
-            base = _errors(found[paradigm, "base"]) if variant != "base" and (paradigm, "base") in found else None
+            base = found.get((paradigm, p.base_of(variant))) if variant != "base" else None
+            base = base and _errors(base)
             points, steps = errors["rmse"].shape
             prompts = prompts_of(points // len(results), 1, len(results))
             for k in range(steps):
@@ -38,7 +39,7 @@ def table4(p: Params) -> pd.DataFrame:
                     a, b = errors["relative"][:, k], base["relative"][:, k]
                     stats["change"] = bootstrap(lambda i, a=a, b=b: a[i].mean(-1) / b[i].mean(-1) - 1, prompts, n)
                     less = {m: mean(errors[m] - base[m]) for m in PARTS}
-                    rows += records(less, model=f"{name} − base", **at)
+                    rows += records(less, model=minus_base(p, paradigm, variant), **at)
                 rows += records(stats, model=name, **at)
     return pd.DataFrame(rows)
 
@@ -61,7 +62,7 @@ def write(p: Params) -> pd.DataFrame:
         "make up for one another; of the first step it is zero. Differences are paired and add up. As RMS per "
         "element: `rmse` in table4.csv.",
     ]
-    own, first = ~long["model"].str.endswith(" − base"), long["step"] == 1
+    own, first = ~long["model"].str.contains(" − "), long["step"] == 1
     for metric, rows, title, spec in (
         ("relative", own, "Accumulated error", ".3g"),
         ("change", own, "Accumulated error, change by what was added, paired", "+.1%"),

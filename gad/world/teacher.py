@@ -24,7 +24,8 @@ class TeacherTask:
     x̂0 is ε̂'s error times `1/α`, up to 157. Flow: t shifted as the sampler's. A share `focus` of the levels is drawn
     where the world's layouts and shapes are decided instead: log SNR normal about `focus_at`, at −3 layouts, at −1
     outlines. `crowded`: scenes in proportion to their number of objects, since one object is easily drawn and three
-    are not.
+    are not. `text`: T5 has norms without a mean and no biases; at the network's rates what it says of any word becomes
+    one same vector but for a fiftieth of its power, and objects take each other's shapes.
     """
 
     def __init__(self, backbone, latents, world, p):
@@ -33,7 +34,8 @@ class TeacherTask:
         for module in (encoder, network):
             module.requires_grad_(True).train()
         self.roles = {"teacher": Role(
-            nn.ModuleList([network, encoder]), p["lr"], (0.9, 0.98), 0.01, ema=p["ema"], muon=p["muon"]
+            nn.ModuleList([network, encoder]), p["lr"], (0.9, 0.98), 0.01, ema=p["ema"], muon=p["muon"],
+            slowed=((encoder, p["text"]),),
         )}
         self.make_latents, captions = latents, world.captions()
         self.share = torch.from_numpy(world.count).double() if p["crowded"] else None
