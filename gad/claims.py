@@ -16,7 +16,7 @@ import pandas as pd
 
 from . import paths
 from .params import Params, Run
-from .tables import cell, label
+from .tables import cell, label, minus
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def judge(p: Params, results: dict[str, pd.DataFrame]) -> pd.DataFrame:
                 continue
             name = label(Run(*where, of, 0))
             others = [label(Run(*where, v, 0)) for v in claim.against if v != "base"]
-            names = {name, *([f"{name} − ({o})" for o in others] or [f"{name} − base", f"{name} − teacher"])}
+            names = {name, *([minus(name, o) for o in others] or [f"{name} − base", f"{name} − teacher"])}
             mine = found[(found["backbone"] == where[0]) & found["model"].isin(names)]
             for row in mine.itertuples():
                 low, high = row.low - level, row.high - level

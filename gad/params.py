@@ -177,9 +177,9 @@ class AutoencoderParams(_Section):
 
 class Cycle(_Section):
     """One cosine cycle of a teacher's training. `focus`: share of the noise levels drawn where layouts are decided,
-    their log SNR normal about `focus_at`; `crowded`: scenes are drawn in proportion to their number of objects;
-    `text`: the text encoder's rates as a multiple of the network's; `seed`: added to the world's, so that cycles need
-    not draw the same noises."""
+    their log SNR normal about `focus_at`; `crowded`: scenes are drawn in proportion to that power of their number of
+    objects (true: 1); `text`: the text encoder's rates as a multiple of the network's; `seed`: added to the world's, so
+    that cycles need not draw the same noises."""
 
     steps: PositiveInt
     lr: Positive
@@ -188,7 +188,7 @@ class Cycle(_Section):
     precision: Precision
     focus: Annotated[float, Field(ge=0, le=1)] = 0.0
     focus_at: Annotated[float, Field(ge=-8, le=4)] = -3.0
-    crowded: bool = False
+    crowded: Annotated[float, Field(ge=0, le=8)] = 0.0
     text: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: int = 0
 
@@ -416,11 +416,10 @@ class Params(_Section):
     def base_of(self, variant: str) -> str:
         """The variant that is trained as `variant` is but for its term: what it is compared with."""
         own = self.controls.get(variant)
-        alike = [
+        return next((
             name for name, other in self.controls.items()
             if own and own.lam and not other.lam and (own.longer, own.rate) == (other.longer, other.rate)
-        ]
-        return alike[0] if alike else "base"
+        ), "base")
 
     @property
     def names(self) -> list[str]:

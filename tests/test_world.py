@@ -243,7 +243,7 @@ def test_unknown_autoencoder():
 
 CYCLE = {
     "batch": 600, "drop": 0.0, "lr": 1.0e-3, "ema": 0.9, "muon": 1.0e-3, "compile": False,
-    "focus": 0.5, "focus_at": -3.0, "crowded": False, "text": 1.0,
+    "focus": 0.5, "focus_at": -3.0, "crowded": 0.0, "text": 1.0,
 }
 
 
@@ -257,8 +257,8 @@ def test_half_the_noise_levels_lie_about_the_focus(backbone, at):
         assert snr.quantile(share).item() == pytest.approx(at + 1.5 * deviations, abs=0.15)
 
 
-@pytest.mark.parametrize("crowded, share", [(False, 0.2), (True, 1 / 3)])
-def test_a_crowded_cycle_draws_scenes_by_their_objects(mini, monkeypatch, crowded, share):
+@pytest.mark.parametrize("crowded, share", [(0.0, 0.2), (1.0, 1 / 3), (2.0, 0.48)])
+def test_a_crowded_cycle_draws_scenes_by_a_power_of_their_objects(mini, monkeypatch, crowded, share):
     backbone, world, seen = copy.deepcopy(mini("pixart")), scenes.sample(4000, 0), []
     kept = backbone.encode_text
     monkeypatch.setattr(backbone, "encode_text", lambda text: (seen.extend(text), kept(text))[1])

@@ -8,10 +8,10 @@ import pandas as pd
 from .. import paths
 from ..params import Params
 from . import geometry, teachers, trajectories, uses
-from .common import HYBRID, cell, fit, label, models, read
+from .common import HYBRID, cell, fit, label, minus, models, read
 from .geometry import SUMMARY
 
-__all__ = ["HYBRID", "SUMMARY", "cell", "fit", "label", "models", "read", "write"]
+__all__ = ["HYBRID", "SUMMARY", "cell", "fit", "label", "minus", "models", "read", "write"]
 
 
 def write(p: Params) -> dict[str, pd.DataFrame]:

@@ -41,10 +41,15 @@ def label(run: Run) -> str:
     return name + VARIANTS.get(run.variant, f" + {run.variant}")
 
 
+def minus(one: str, other: str) -> str:
+    """What a row is called that compares a model with another than its base."""
+    return f"{one} − ({other})"
+
+
 def minus_base(p: Params, paradigm: str, variant: str) -> str:
     """What a row is called that compares a variant with its base."""
     base, name = p.base_of(variant), label(Run("", paradigm, variant, 0))
-    return f"{name} − base" if base == "base" else f"{name} − ({label(Run('', paradigm, base, 0))})"
+    return f"{name} − base" if base == "base" else minus(name, label(Run("", paradigm, base, 0)))
 
 
 def cell(value: float, low: float, high: float, spec: str = ".3g") -> str:

@@ -6,7 +6,7 @@ import pandas as pd
 from .. import paths
 from ..evaluation.geometry import bootstrap, spectral_kl
 from ..params import Params, Run
-from .common import HYBRID, label, minus_base, models, pivot, prompts_of, read, records, save, worlds
+from .common import HYBRID, label, minus, minus_base, models, pivot, prompts_of, read, records, save, worlds
 
 PAPER = pd.DataFrame(  # Table 1 of the paper, PixArt-α at full size
     [
@@ -102,7 +102,7 @@ def table1(p: Params) -> pd.DataFrame:
         teacher, found = read(paths.teacher_metrics(backbone)), models(p, backbone)
         add(backbone, "teacher", "images", accuracy([teacher], n))
         for (paradigm, variant), results in found.items():
-            name = label(Run(backbone, paradigm, variant, 0))
+            name, gad = (label(Run(backbone, paradigm, v, 0)) for v in (variant, "gad"))
             add(backbone, name, "endpoint", measure([r["endpoint"] for r in results], n, noises))
             for level in results[0]["local"]:
                 add(backbone, name, f"local t={level}", measure([r["local"][level] for r in results], n, noises))
@@ -110,7 +110,7 @@ def table1(p: Params) -> pd.DataFrame:
             if variant == "base" and "hybrid" in results[0]:
                 hybrid, mixed = [r["hybrid"] for r in results], name + HYBRID
                 if (paradigm, "gad") in found:
-                    add(backbone, f"{label(Run(backbone, paradigm, 'gad', 0))} − ({mixed})", "difference",
+                    add(backbone, minus(gad, mixed), "difference",
                         difference(hybrid, found[paradigm, "gad"], n, noises))
                 add(backbone, mixed, "endpoint", measure([r["endpoint"] for r in hybrid], n, noises))
                 add(backbone, mixed, "images", accuracy(hybrid, n) | share(hybrid, teacher, n))
@@ -118,9 +118,7 @@ def table1(p: Params) -> pd.DataFrame:
             if variant != "base" and base:
                 add(backbone, minus_base(p, paradigm, variant), "difference", difference(base, results, n, noises))
             if variant in p.controls and (paradigm, "gad") in found:
-                gad = found[paradigm, "gad"]
-                add(backbone, f"{label(Run(backbone, paradigm, 'gad', 0))} − ({name})", "difference",
-                    difference(results, gad, n, noises))
+                add(backbone, minus(gad, name), "difference", difference(results, found[paradigm, "gad"], n, noises))
     return pd.DataFrame(rows)
 
 

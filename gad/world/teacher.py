@@ -23,9 +23,9 @@ class TeacherTask:
     capped where SNR < 0.01. Layouts are decided at high noise, to which min-SNR's own weight gives little: there
     x̂0 is ε̂'s error times `1/α`, up to 157. Flow: t shifted as the sampler's. A share `focus` of the levels is drawn
     where the world's layouts and shapes are decided instead: log SNR normal about `focus_at`, at −3 layouts, at −1
-    outlines. `crowded`: scenes in proportion to their number of objects, since one object is easily drawn and three
-    are not. `text`: T5 has norms without a mean and no biases; at the network's rates what it says of any word becomes
-    one same vector but for a fiftieth of its power, and objects take each other's shapes.
+    outlines. `crowded`: scenes in proportion to that power of their number of objects, since one object is easily
+    drawn and three are not. `text`: T5 has norms without a mean and no biases; at the network's rates what it says of
+    any word becomes one same vector but for a fiftieth of its power.
     """
 
     def __init__(self, backbone, latents, world, p):
@@ -38,7 +38,7 @@ class TeacherTask:
             slowed=((encoder, p["text"]),),
         )}
         self.make_latents, captions = latents, world.captions()
-        self.share = torch.from_numpy(world.count).double() if p["crowded"] else None
+        self.share = torch.from_numpy(world.count).double() ** p["crowded"] if p["crowded"] else None
         self.unique = ["", *dict.fromkeys(captions)]
         number = {c: i for i, c in enumerate(self.unique)}
         self.caption = torch.tensor([number[c] for c in captions])
