@@ -178,3 +178,9 @@ def test_smoke_trains_next_to_nothing():
     for name in p.backbones:
         teacher = p.teacher_of(name).model_dump()
         assert all(cycle["steps"] <= 2 for cycle in (teacher, *teacher["refine"])), name
+
+
+@pytest.mark.parametrize("given, power", [(False, 0.0), (True, 1.0), (2, 2.0)])
+def test_a_crowded_cycle_is_a_power_and_true_is_one(given, power):
+    p = params.load(**{"teacher.refine": [DATA["teacher"]["refine"][0] | {"crowded": given}]})
+    assert p.teacher.refine[0].crowded == power and type(p.teacher.refine[0].crowded) is float
