@@ -15,7 +15,7 @@ from gad import benches, params, paths
 from gad.evaluation import diversity, noise_query
 from gad.params import ParamsError
 from gad.stages import uses as stage
-from gad.tables import teachers
+from gad.tables import pages, teachers
 from gad.tables import uses as tables
 from gad.world import detector, judge, scenes
 
@@ -314,7 +314,7 @@ def test_accuracies_by_how_many_images_are_learnt_from(long):
 
 
 def test_every_attribute_is_explained():
-    assert [*tables.ATTRIBUTES] == [*noise_query.attributes(torch.ones(1, 3, 64, 64))]
+    assert [*pages.ATTRIBUTES] == [*noise_query.attributes(torch.ones(1, 3, 64, 64))]
 
 
 def test_pages_are_written(long, monkeypatch, tmp_path):
@@ -323,18 +323,18 @@ def test_pages_are_written(long, monkeypatch, tmp_path):
     right = {"matched": 0.9, "shuffled": 0.1, "colour": [0.9, 0.8, 0.95], "shape": [0.7, 0.6, 0.75]}
     judge = {"test": right | {"pairing": [0.5, 0.4, 0.6]}, "unseen": right | {"pairing": [0.3, 0.2, 0.4]}}
     (tmp_path / "metrics.json").write_text(json.dumps(judge))
-    tables.write(params.load(**SMALL))
-    pages = {name: (tmp_path / f"{name}.md").read_text() for name in tables.TABLES}
-    for name, text in pages.items():
+    pages.write(params.load(**SMALL))
+    written = {name: (tmp_path / f"{name}.md").read_text() for name in tables.TABLES}
+    for name, text in written.items():
         first, second, *others = re.findall(r"^## (.+)$", text, re.M)
         assert "TDM + GAD" in text and "nan" not in text
         assert "The paper's" not in first and second.startswith("The paper's") and "Differences, paired" in others
         assert {"model", "value", "low", "high"} <= set(pd.read_csv(tmp_path / f"{name}.csv").columns)
-    assert "Intervals rest on 12 test prompts" in pages["table2"] and "| 864 images (36 prompts)" in pages["table2"]
-    assert "0.9 [0.8, 0.95]" in pages["table3"] and "0.3 [0.2, 0.4]" in pages["table3"]
+    assert "Intervals rest on 12 test prompts" in written["table2"] and "| 864 images (36 prompts)" in written["table2"]
+    assert "0.9 [0.8, 0.95]" in written["table3"] and "0.3 [0.2, 0.4]" in written["table3"]
     for column in ("guided − free, AP50", "guided − shuffled, centre, px", "shuffled, CLIP", "0.02, AP", "0.1, AP50"):
-        assert re.search(rf"^\|.* {re.escape(column)} ", pages["table5"], re.M), column
-    assert f"- area: {tables.ATTRIBUTES['area']}" in pages["table6"] and "- warmth" not in pages["table6"]
+        assert re.search(rf"^\|.* {re.escape(column)} ", written["table5"], re.M), column
+    assert f"- area: {pages.ATTRIBUTES['area']}" in written["table6"] and "- warmth" not in written["table6"]
 
 
 @pytest.mark.parametrize("spread", [{}, {"spread": 8.0, "spread_world": 16.0}])

@@ -7,7 +7,7 @@ import pandas as pd
 
 from .. import paths
 from ..params import Params
-from . import geometry, teachers, trajectories, uses
+from . import geometry, pages, teachers, trajectories, uses
 from .common import HYBRID, cell, fit, label, minus, models, read
 from .geometry import SUMMARY
 
@@ -21,7 +21,7 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
     for row in table1[table1["map"].isin(["endpoint", "images", "difference"])].itertuples():
         of = metrics["students"].setdefault(row.backbone, {}).setdefault(row.model, {})
         of[row.metric] = float(f"{row.value:.4g}")
-    found, table4 = uses.write(p), trajectories.write(p)
+    found, table4 = pages.write(p), trajectories.write(p)
     tracked = uses.TRACKED | trajectories.TRACKED
     ends = table4[table4["step"] == table4["step"].max()]
     for row in pd.concat([*found.values(), ends]).query("metric in @tracked").itertuples():

@@ -1,24 +1,20 @@
-"""The world of the paper's scale: captions and boxes of MS-COCO val2014, and training prompts from any file.
+"""The world of the paper's scale: captions and boxes of MS-COCO val2014.
 
 `fetch` gets COCO's annotations, `build` makes of them the two small files that stages read through `Coco`. Which
 prompts the paper took is not published: every choice is ours, and said where it is made.
 """
 
 import csv
-import gzip
 import hashlib
-import heapq
 import json
 import os
-import random
 import re
 import shutil
 import sys
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -26,12 +22,12 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 
+from .prompts import draw, filled, read_prompts, sample_prompts
+
 URL = "http://images.cocodataset.org/annotations/annotations_trainval2014.zip"
 CAPTIONS, INSTANCES = FILES = ("captions_val2014.json", "instances_val2014.json")
 PROMPTS, LAYOUTS, SOURCE = "prompts.csv", "layouts.jsonl", "source.json"
 SPLITS = ("unseen", "test", "train")
-COLUMNS = ("prompt", "caption", "text")  # where a file's prompts are looked for, unless its column is named
-LONGEST = 2**20  # bytes of a line: one without an end would fill the memory
 MIN_AREA = 0.02  # of the image; a smaller box is tiny: 5 of the 256 cells that cross-attention has at 16 × 16
 
 # What captions call a category, beside its own name.
@@ -227,7 +223,7 @@ def _captions(data: dict, seed: int) -> dict[int, str]:
     """Each image's caption, in the order of the draw."""
     own, taken, drawn = defaultdict(list), set(), {}
     for row in data["annotations"]:
-        own[row["image_id"]].append((row["id"], _clean(row["caption"])))
+        own[row["image_id"]].append((row["id"], " ".join(row["caption"].split())))
     for image in sorted(own, key=lambda i: _order(seed, "image", i)):
         for _, text in sorted(own[image], key=lambda c: _order(seed, "caption", c[0])):
             plain = " ".join(re.findall(r"\w+", text.casefold()))
@@ -295,115 +291,6 @@ def _write(path: Path, lines: Iterable[str]):
     os.replace(part, path)
 
 
-def _clean(text: str) -> str:
-    return " ".join(text.split())
-
-
-# Training prompts
-
-
-def read_prompts(path: Path | str, column: str | None = None) -> Iterator[str]:
-    """The prompts of a UTF-8 file, one at a time, whatever its length: .txt (one a line), .jsonl (an object a line)
-    or .csv (with a header), each also as .gz.
-
-    `column`: the key or column that holds them; without it the first of `prompt`, `caption`, `text` that the file
-    has. White space within a prompt becomes single blanks; empty prompts are skipped. Raises ValueError with file
-    and line: at once for a file that is not there or of another kind, on the way for what is wrong inside.
-    """
-    path = Path(path)
-    read = {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv}.get(Path(path.name.lower().removesuffix(".gz")).suffix)
-    if read is None:
-        raise ValueError(f"{path}: prompts are read from .txt, .jsonl or .csv, also with .gz: rename or convert it")
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give the path of a file of prompts")
-    return filter(None, map(_clean, read(_lines(path), path, column)))
-
-
-def sample_prompts(path: Path | str, n: int, seed: int, column: str | None = None) -> list[str]:
-    """`n` of a file's prompts in random order, in one pass that holds `n` of them: see `read_prompts`.
-
-    A reservoir by random keys (Efraimidis & Spirakis 2006, with equal weights): each prompt draws a number in
-    [0, 1), the n lowest stay, in the order of their numbers. So a smaller sample is the beginning of a larger one
-    with the same `seed`. Of fewer than `n` prompts all are taken, over and over in one order, so that none comes
-    twice more than another. Raises ValueError for a file without prompts.
-    """
-    found = _draw(read_prompts(path, column), n, seed)
-    if not found:
-        raise ValueError(f"{path} has no prompts: give another file")
-    return _filled(found, n)
-
-
-def _draw(items: Iterable, n: int, seed: int) -> list:
-    rng = random.Random(seed)  # its random() is the same in every version of Python
-    return [item for *_, item in heapq.nsmallest(n, ((rng.random(), i, item) for i, item in enumerate(items)))]
-
-
-def _filled(found: list, n: int) -> list:
-    return [found[i % len(found)] for i in range(n)]
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers, from 1."""
-    number = 0
-    try:
-        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(iter(partial(file.readline, LONGEST), b""), start=1):
-                if len(line) == LONGEST:
-                    raise ValueError(f"{path}:{number}: a line of {LONGEST} bytes or more: put one prompt on each")
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}:{number}: not UTF-8: save the file as UTF-8") from None
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path}:{number + 1}: not gzip, or damaged ({error}): compress or copy it again") from None
-
-
-def _txt(lines, path, column) -> Iterator[str]:
-    return (line for _, line in lines)
-
-
-def _jsonl(lines, path, column) -> Iterator[str]:
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}): write one object on each line") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: a {type(row).__name__}: write one object on each line")
-        column = _column(row, column, f"{path}:{number}")
-        if not isinstance(row[column], str):
-            raise ValueError(f"{path}:{number}: {column} is a {type(row[column]).__name__}: make it a string")
-        yield row[column]
-
-
-def _csv(lines, path, column) -> Iterator[str]:
-    reader = csv.DictReader((line for _, line in lines), strict=True)
-    try:
-        if reader.fieldnames is None:
-            return
-        column = _column(reader.fieldnames, column, f"{path}:1")
-        for row in reader:
-            if None in row or None in row.values():
-                few = "fewer" if None in row.values() else "more"
-                raise ValueError(
-                    f"{path}:{reader.line_num}: {few} fields than the header's {len(reader.fieldnames)}: "
-                    "put prompts with commas in quotes"
-                )
-            yield row[column]
-    except csv.Error as error:
-        where = f"{path}:{reader.reader.line_num}"
-        raise ValueError(f"{where}: {error}: put the prompt in quotes, and double its own") from None
-
-
-def _column(there: Iterable[str], column: str | None, where: str) -> str:
-    for name in (column,) if column else COLUMNS:
-        if name in there:
-            return name
-    missing = repr(column) if column else f"column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}"
-    raise ValueError(f"{where}: there is no {missing}: name the column that holds the prompts, of {', '.join(there)}")
-
-
 # What stages ask for
 
 
@@ -433,10 +320,10 @@ class Coco:
         if split == "train" and self.train is not None:
             return sample_prompts(self.train, n, seed, self.column)
         with (self.folder / PROMPTS).open(newline="", encoding="utf-8") as file:
-            found = _draw((row["caption"] for row in csv.DictReader(file) if row["split"] == split), n, seed)
+            found = draw((row["caption"] for row in csv.DictReader(file) if row["split"] == split), n, seed)
         if not found or (split != "train" and len(found) < n):
             raise ValueError(f"n={n}: {PROMPTS} has {len(found)} {split} prompts: lower n, or build more")
-        return _filled(found, n)
+        return filled(found, n)
 
     def layouts(self, n: int, seed: int) -> list[tuple[str, list[str], np.ndarray]]:
         """`n` different (caption, phrases, boxes): the words for each of K ≥ 1 objects, as they stand in the caption,
@@ -457,7 +344,7 @@ class Coco:
 
     def _rows(self, n, seed):
         with (self.folder / LAYOUTS).open(encoding="utf-8") as file:
-            rows = _draw(map(json.loads, file), n, seed)
+            rows = draw(map(json.loads, file), n, seed)
         if len(rows) < n:
             raise ValueError(f"n={n}: {LAYOUTS} has {len(rows)} layouts: lower n, or build more")
         return rows
