@@ -70,7 +70,7 @@ def linear():
 
     point = Point(x, torch.ones(n), student(x), renoise(x), torch.full((n,), 0.5), None, renoise)
     paradigm = SimpleNamespace(
-        backbone=Linear(), student=student, teacher=matrix(k_real), cfg=1.0, steps=1, point=point,
+        backbone=Linear(), student=student, teacher=matrix(k_real), cfg=1.0, steps=1, point=point, guided_fake=False,
         roles={"fake": SimpleNamespace(module=matrix(k_fake))},
     )
     return SimpleNamespace(p=paradigm, k_fake=k_fake, k_real=k_real, alpha=alpha, x=x, n=n, random=random)
@@ -340,6 +340,17 @@ def test_one_step_moves_what_it_should(setting, name, form):
         # Beside a large gradient the norm may hide GAD's; the weights do not.
         assert {k for k in row if row[k] != base.get(k)} - {"student_norm"} == {"gad", "student"}
         assert not all(map(torch.equal, student, copies(task.roles["student"].module)))
+
+
+@pytest.mark.parametrize("name", [name for name, paradigm in PARADIGMS.items() if paradigm.form == "score"])
+def test_scores_are_guided_as_the_paradigm_has_them(mini, name):
+    """A fake that still is the teacher answers a move as the teacher does where both have the same guidance."""
+    task = task_of(name, prepared(mini("sana")), "paired-score")
+    task.losses(0, step_generator(0, 0))
+    loss = gad_loss(task.paradigm, None, task.gad, 0, torch.Generator().manual_seed(0))
+    student = task.roles["student"].params
+    moved = any(g.abs().max() > 0 for g in torch.autograd.grad(loss, student, materialize_grads=True))
+    assert moved != (name in ("sid", "swiftbrush"))
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -103,13 +103,15 @@ class Paradigm:
     """A few-step distillation method on one backbone.
 
     `roles` are the modules it trains; "student" is always there. `form` is the paper's form of GAD for it. One that is
-    `paired` learns from samples of the teacher. All students are sampled alike, by DDIM (Euler for a flow) at `times`,
-    so that an image is a function of `z`; a method trains one of those steps at a time, at the student's own states.
-    All roles that move at a step do so by the losses of one call, where some authors let one move before the next.
+    `paired` learns from samples of the teacher; where a fake's score is guided as the teacher's is, it has a
+    `guided_fake`. All students are sampled alike, by DDIM (Euler for a flow) at `times`, so that an image is a function
+    of `z`; a method trains one of those steps at a time, at the student's own states. All roles that move at a step do
+    so by the losses of one call, where some authors let one move before the next.
     """
 
     form = "map"
     paired = False
+    guided_fake = False
     settings: tuple[str, ...]  # its keys in params.yaml, all of them needed; any may have `steps`, of its training
 
     def __init__(self, backbone: Backbone, steps: int, cfg: float, p: dict, distill):

@@ -117,8 +117,9 @@ def _output_loss(student, x, v, y, jv, gad):
 
 def _score_maps(paradigm, point):
     backbone, fake = paradigm.backbone, paradigm.roles["fake"].module
+    own = paradigm.cfg if paradigm.guided_fake else 1.0  # as where the paradigm compares them
     return (
-        lambda x: backbone.x0(fake, x, point.tau, point.cond),
+        lambda x: backbone.x0(fake, x, point.tau, point.cond, own),
         lambda x: backbone.x0(paradigm.teacher, x, point.tau, point.cond, paradigm.cfg),
     )
 

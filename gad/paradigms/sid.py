@@ -19,6 +19,7 @@ from .base import TAU, Batch, Paradigm, dropped
 
 class SiD(Paradigm):
     form = "score"
+    guided_fake = True
     settings = ("lr", "fake_lr", "beta1", "alpha")
 
     def __init__(self, backbone, steps, cfg, p, distill):

@@ -16,6 +16,7 @@ from .base import TAU, Batch, Paradigm, dropped, toward
 
 class SwiftBrush(Paradigm):
     form = "score"
+    guided_fake = True
     settings = ("lr", "fake_lr", "beta1", "rank", "alpha")
 
     def __init__(self, backbone, steps, cfg, p, distill):
