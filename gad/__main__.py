@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         overrides = dict(_assignment(item) for item in args.set)
         p = load(**({"path": args.params} if args.params else {}), **overrides)
         known = {
-            "kind": p.autoencoder, "backbone": p.backbones, "paradigm": p.names, "variant": p.variants
+            "kind": p.autoencoder, "backbone": p.backbones, "variant": p.variants,
+            "paradigm": p.paradigms if args.command in ("distill", "trial") else p.names,
         }
         if args.command == "benchmark":
             from . import stages

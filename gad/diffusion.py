@@ -91,8 +91,8 @@ class Levels:
 
 
 def t_like(t: Tensor, x: Tensor) -> Tensor:
-    """(B,) or () shaped to broadcast against `x` (B, *dims), in its precision."""
-    return t.to(_wide(x).dtype).reshape(-1, *[1] * (x.ndim - 1))
+    """(B,) or () shaped to broadcast against `x` (B, *dims), on its device and in its precision."""
+    return t.to(x.device, _wide(x).dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _wide(x: Tensor) -> Tensor:

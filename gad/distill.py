@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,8 @@ class Distillation:
             i, k = draws.own(whole), draws.own(whole.roll(1))
             return Batch(of.z[i], of.cond[i], generator, of.x0[i], (of.z[k], of.cond[k]), self.part)
         z = draws.normal(n, *self.paradigm.backbone.latent_shape)
-        return Batch(z, self.cond[draws.integers(len(self.cond), n)], generator, part=self.part)
+        i = draws.integers(len(self.cond), n).to(self.cond.mask.device)
+        return Batch(z, self.cond[i].to(z.device), generator, part=self.part)
 
     def losses(self, step, generator):
         device = generator.device
@@ -84,6 +86,12 @@ def distill(
             f"controls.{run.variant}: `{gad.form}` is of all samples of a step, which {parts} parts do not see: use "
             "one process and hardware.accumulate=1"
         )
+    small = backbone.levels.alpha_sigma(torch.ones(1))[0].item()
+    if accelerator.mixed_precision != "no" and small < 0.02 and not backbone.levels.flow:
+        print(
+            f"distill.precision={d.precision}: {run.backbone} predicts ε and has α = {small:.3f} at its first time, by "
+            "which rounding is divided there: train it in fp32, precision: \"no\"", file=sys.stderr, flush=True,
+        )
     torch.manual_seed(run.seed)  # heads and adapters start alike in every process
     settings = p.settings(run.paradigm, run.variant)
     paradigm = PARADIGMS[run.paradigm](backbone, which.student_steps, which.cfg, settings, d)
@@ -115,9 +123,10 @@ def distill(
             student = averaged()
             if student is None or step in probes:
                 return
-            probes[step] = look(backbone, student, test, which.student_steps)
+            probes[step] = look(backbone, student, test, which.student_steps, hardware.tangents)
             if accelerator.trackers:
-                _show(backbone, student, cond[:8], which.student_steps, step, probes[step], accelerator)
+                shown = cond[:8].to(backbone.device)
+                _show(backbone, student, shown, which.student_steps, step, probes[step], accelerator)
             probe_file.write_text(json.dumps(probes))
 
     log = train(
@@ -127,16 +136,16 @@ def distill(
     student = averaged()
     if student is None:
         return None
-    probes[steps] = look(backbone, student, test, which.student_steps)
+    probes[steps] = look(backbone, student, test, which.student_steps, hardware.tangents)
     save_student(run, p, backbone, student, folder)
     rows = [{"step": k, **probes[k]} for k in sorted(probes)]
     return pd.read_csv(log), pd.DataFrame(rows)
 
 
-def look(backbone, student, test: Tangents, steps: int) -> dict[str, float]:
+def look(backbone, student, test: Tangents, steps: int, batch: int) -> dict[str, float]:
     """Values and tangents of the endpoint map on a few test noises: relative squared error, JVP cosine, ratio of norms,
     the first two with 95 % bootstrap intervals over the noises (`_low`, `_high`), of which each has its own prompt."""
-    y, jv = tangents(lambda c: endpoint(backbone, student, c, steps), test.z, test.v, test.cond, len(test))
+    y, jv = tangents(lambda c: endpoint(backbone, student, c, steps), test.z, test.v, test.cond, batch)
     error, response = compare(y, test.x0)["relative"], compare(jv, test.jv)
     return {
         **interval_columns("error", error.cpu().numpy(), 1000, np.median),
@@ -179,7 +188,7 @@ def _show(backbone, student, cond, steps, step, probe, accelerator):
 CARD = """---
 library_name: diffusers
 pipeline_tag: text-to-image
-license: mit
+{terms}
 tags: [distillation, few-step, geometry-aware-distillation]
 ---
 # {run}
@@ -231,12 +240,15 @@ def save_student(run: Run, p: Params, backbone: Backbone, student, folder: Path)
     how = f"with {term} ({gad.form} form, h = {gad.h}, λ = {gad.lam})" if gad else "without GAD"
     name = run.paradigm.upper()
     what = f"A {which.student_steps}-step student of `{run.backbone}` by {name}, {how}, seed {run.seed}."
+    source = which.path
     if published:
-        source = published.path or f"the LoRA {published.lora}"
-        what = f"Published: the network of {source}, to be sampled in {which.student_steps} steps."
+        source = published.path or published.lora
+        named = source if published.path else f"the LoRA {source}"
+        what = f"Published: the network of {named}, to be sampled in {which.student_steps} steps."
     mini = which.world == "mini"
     card = CARD.format(
-        run=run, what=what, steps=which.student_steps, extra=backbone.call_hint,
+        run=run, what=what, steps=which.student_steps, extra=backbone.call_hint if mini else "",
+        terms="license: mit" if mini else f"base_model: {source}",  # whose licence is the student's too
         prompt="a red circle and a blue square" if mini else "a photograph of an astronaut riding a horse",
         scale="It draws a miniature world of 64 × 64 scenes; it is no model of photographs." if mini else "",
     )

@@ -39,7 +39,7 @@ class _Kept:
         if not path.exists():
             self._make(path, prompts, batch)
         try:
-            found = load_file(path, str(self.backbone.device))
+            found = load_file(path)
         except (OSError, SafetensorError) as error:
             name = os.path.relpath(path)
             raise ValueError(f"{name} is not readable ({error}): delete it, and prompts are encoded anew") from None

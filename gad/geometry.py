@@ -1,10 +1,10 @@
 """Geometry-Aware Distillation in one page: match how maps *change*, not only what they return.
 
 A map is any callable `f(x) -> y` on batches `(B, *dims)`. The paper's response `f(x + h v) − f(x)` is about
-`h J_f v`; here every response is already divided by `h`, so the paper's weight is `λ_paper = λ / h²`. With `v`
-Gaussian, `h` is the RMS perturbation *per element* (the released code's unit-norm direction is "sphere").
-Differences are taken in fp32 at least: maps run with autocast off, since in bf16 a difference at the usual `h`
-is mostly rounding.
+`h J_f v`; here every response is already divided by `h` and losses are means over `m` elements, so the paper's weight
+of a squared norm is `λ_paper = λ / (h² m)`. With `v` Gaussian, `h` is the RMS perturbation *per element* (the released
+code's unit-norm direction is "sphere"). Differences are taken in fp32 at least: maps run with autocast off, since in
+bf16 rounding is nearly as large as a response at the usual `h`.
 """
 
 import math

@@ -81,6 +81,9 @@ def _parents() -> dict[str, set[str]]:
     parents = {name: set() for name in _dvc("stage", "list", "--name-only").split()}
     for parent, child in re.findall(r'"(.+?)" -> "(.+?)"', _dvc("dag", "--dot")):
         parents[child].add(parent)
+    for stage in parents:  # DVC has no edge here: a miniature teacher reads no photographs' captions
+        if _group(stage) == "teacher":
+            parents[stage] |= {s for s in parents if _group(s) == "coco"}
     return parents
 
 
@@ -146,16 +149,19 @@ def _closure(start, parents, missing=frozenset()) -> set[str]:
 def _run(waiting, parents, forced, jobs) -> list[str]:
     """Run each stage of `waiting` once those it needs are done. Returns the failed and what follows them."""
     total, running, failed, owed = len(waiting), {}, [], set(forced)
+    devices = _devices() if jobs > 1 else []
     left = _Left(jobs)
     print(f"{total} stages to run or check, {jobs} at a time: at most {left(waiting, running)}", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
         while waiting or running:
-            busy = {*waiting, *(stage for stage, _ in running.values())}
+            busy = {*waiting, *(stage for stage, *_ in running.values())}
             for stage in [s for s in waiting if not parents[s] & busy][:jobs - len(running)]:
                 waiting.remove(stage)
-                running[pool.submit(_stage, stage, stage in forced)] = stage, time.monotonic()
+                taken = [device for *_, device in running.values()]
+                device = min(devices, key=taken.count, default=None)
+                running[pool.submit(_stage, stage, stage in forced, device)] = stage, time.monotonic(), device
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                (stage, began), (outcome, error) = running.pop(future), future.result()
+                (stage, began, _), (outcome, error) = running.pop(future), future.result()
                 minutes = (time.monotonic() - began) / 60
                 if error:
                     after = _closure([stage], parents)
@@ -173,12 +179,22 @@ def _run(waiting, parents, forced, jobs) -> list[str]:
     return failed
 
 
-def _stage(name: str, force: bool) -> tuple[str, str | None]:
-    """One `dvc repro` of one stage: what became of it, and the error if it failed."""
+def _devices() -> list[str]:
+    """The GPUs there are for stages, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [device for device in named.split(",") if device]
+    import torch  # takes seconds
+
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _stage(name: str, force: bool, device: str | None = None) -> tuple[str, str | None]:
+    """One `dvc repro` of one stage, on a GPU of its own: what became of it, and the error if it failed."""
     options = ("-s", "-f") if force else ("-s",)
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *options, name]
     lines = []
-    with subprocess.Popen(command, **_process(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with subprocess.Popen(command, **_process(device), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         for line in process.stdout:
             lines.append(line)
             if PROGRESS.search(line):
@@ -201,7 +217,7 @@ class _Left:
 
     def __call__(self, waiting, running):
         now = time.monotonic()
-        begun = sum(max(0.0, self.expected(s) - (now - t) / 60) for s, t in running.values())
+        begun = sum(max(0.0, self.expected(s) - (now - t) / 60) for s, t, _ in running.values())
         return _span((begun + sum(map(self.expected, waiting))) / self.jobs)
 
 
@@ -221,10 +237,11 @@ def _dvc(*args, check=True) -> str:
     return done.stdout
 
 
-def _process():
+def _process(device=None):
     """Stages say `python`: it must be the one that runs this."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    return {"cwd": ROOT, "text": True, "env": {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1"}}
+    own = {"CUDA_VISIBLE_DEVICES": device} if device else {}
+    return {"cwd": ROOT, "text": True, "env": {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", **own}}
 
 
 def _reason(text):

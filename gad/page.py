@@ -16,6 +16,7 @@ from markdown_it.tree import SyntaxTreeNode
 from PIL import Image
 
 from . import paths
+from .claims import CLAIMS
 from .params import ROOT, Params
 
 FIRST = "before_after"
@@ -127,18 +128,21 @@ def counted(overview: list[Section]) -> Counter:
     return Counter(row["as a whole"] for row in rows if row.get("the paper") != "no claim of it")
 
 
-def judged(sections: list[Section]) -> list[dict]:
+def judged(sections: list[Section], edges: dict[str, list[float]] | None = None) -> list[dict]:
     """The claims of claims.md, a section with results each. A result's `mark`: value, low and high of its interval in
-    per cent of a line whose middle is zero, as long as the claim's results need; none where they aren't numbers."""
+    per cent of a line whose middle is zero, as long as the claim's results need; none where they aren't numbers.
+    `edges`: by a claim's title, where its side begins, if not at zero; in per cent of that line too."""
     claims = []
     for title, table, parts in ((s.title, s.table, s.parts) for s in sections
                                  if s.table and "difference" in s.table.head):
         rows = [dict(zip(table.head, row, strict=True)) for row in table.rows]
         numbers = [[float(x) for x in re.findall(r"[+-]?[\d.]+(?:e[+-]\d+)?", row["difference"])] for row in rows]
-        reach = 1.06 * max((abs(x) for found in numbers for x in found), default=0) or 1
+        ends = (edges or {}).get(title, [0.0])
+        reach = 1.06 * max(abs(x) for found in [*numbers, ends] for x in found) or 1
         for row, found in zip(rows, numbers, strict=True):
             row["mark"] = [round(50 + 50 * x / reach, 2) for x in found] if len(found) == 3 else None
-        claims.append({"title": title, "paper": parts[0], "rows": rows})
+        marks = [round(50 + 50 * x / reach, 2) for x in ends]
+        claims.append({"title": title, "paper": parts[0], "rows": rows, "edges": marks})
     return claims
 
 
@@ -185,7 +189,8 @@ def write(p: Params) -> Path:
     overview = [s for s in claims if s.table and "difference" not in s.table.head]
     path = paths.REPORTS / "index.html"
     path.write_text(environment.get_template("page.html.j2").render(
-        p=p, stages=stages, maker=maker, rule=claims[0].parts, claims=judged(claims), long=LONG, first=FIRST,
+        p=p, stages=stages, maker=maker, rule=claims[0].parts, long=LONG, first=FIRST,
+        claims=judged(claims, {claim.text: claim.edges(p) for claim in CLAIMS}),
         overview=overview, counts=counted(overview),
         tables={f.stem: parse(f.read_text()) for f in texts}, csv={f.stem for f in paths.TABLES.glob("*.csv")},
         measured={

@@ -1,5 +1,6 @@
 """What a backbone draws: its prompts, and how well an image fits one. A class a world; stages know no more of it."""
 
+import json
 from collections.abc import Callable
 
 import torch
@@ -57,6 +58,14 @@ class Coco:
 WORLDS = {"mini": Mini, "coco": Coco}
 
 
-def world_of(backbone: str, p: Params) -> Mini | Coco:
-    """The world of a backbone of `p`. ValueError where it lacks a file."""
-    return WORLDS[p.backbones[backbone].world](p)
+def world_of(backbone: str, p: Params, anew: bool = False) -> Mini | Coco:
+    """The world of a backbone of `p`. ValueError where it lacks a file, or, but `anew`, where one is no longer what the
+    backbone's teacher was measured with: DVC sees such files only through the teacher's folder."""
+    made = WORLDS[p.backbones[backbone].world](p)
+    source = paths.teacher(backbone) / "source.json"
+    if isinstance(made, Coco) and source.exists() and not anew:
+        then, now = json.loads(source.read_text()).get("files", {}), made.data.hashes()
+        if changed := [name for name in now if name in then and now[name] != then[name]]:
+            raise ValueError(f"{changed[0]} has changed since teacher {backbone} was measured: "
+                             f"`dvc repro -f teacher@{backbone}`, and what follows")
+    return made

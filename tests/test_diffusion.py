@@ -62,6 +62,12 @@ def test_flow_levels():
     assert levels.timestep(t).tolist() == [0.0, 250.0, 1000.0]
 
 
+def test_times_may_lie_on_another_device(levels):
+    """A constant time on the CPU, latents on a GPU, for which "meta" stands here."""
+    x = torch.zeros(2, 4, 8, 8, device="meta")
+    assert levels.add_noise(x, x, torch.full((2,), 0.7)).device.type == "meta"
+
+
 def test_round_trips(kind, levels):
     """A perfect network's output gives back what the noisy latent was made of."""
     assert levels.prediction == kind

@@ -2,7 +2,10 @@
 
 import copy as copies
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from gad import params, paths, stages
-from gad.backbones import load, with_lora
+from gad.backbones import load, load_network, with_lora
+from gad.distill import save_student
 from gad.params import Run
 
 
@@ -63,8 +67,40 @@ def test_missing_student_says_what_trains_it():
     refused(paths.student(Run("sd2", "tdm", "none", 0)), "none ship; `dvc repro` its distill stage")
 
 
-def test_hub_id_while_offline():
-    refused("someone/something", "someone/something is not there")
+def test_hub_id_that_is_nowhere():
+    refused("someone/something", "someone/something cannot be loaded as a pipeline: .* give a folder")
+
+
+def test_a_hub_id_is_read_from_the_cache_offline(folder, tmp_path):
+    """Of a kind that only its own index tells, as a published checkpoint's; and what was not fetched is one line."""
+    at = tmp_path / "hub/models--someone--something"
+    shutil.copytree(folder, at / "snapshots/0123456789abcdef0123456789abcdef01234567")
+    (at / "refs").mkdir()
+    (at / "refs/main").write_text("0123456789abcdef0123456789abcdef01234567")
+    code = (
+        "from gad.backbones import load\n"
+        "print(load('someone/something').name)\n"
+        "try:\n    load('someone/else')\nexcept ValueError as error:\n    print(error)\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    name, said = done.stdout.splitlines()[-2:]
+    assert name == "sd2" and said.startswith("someone/else cannot be loaded") and "HF_HUB_OFFLINE is 1" in said
+
+
+def test_the_network_alone(folder, copy, mini):
+    """Without the rest of the folder being read, which at full size is many times as large."""
+    network, whole = load_network(folder), mini("sd2").network
+    assert type(network) is type(whole) and not any(w.requires_grad for w in network.parameters())
+    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in network.state_dict().items())
+    (copy / "text_encoder/config.json").write_text("{}")
+    load_network(copy)
+    (copy / "unet/config.json").write_text("{")
+    with pytest.raises(ValueError, match="unet cannot be loaded as a UNet2DConditionModel"):
+        load_network(copy)
+    with pytest.raises(ValueError, match="none is not there"):
+        load_network(copy / "none")
 
 
 def test_not_a_pipeline(tmp_path):
@@ -159,6 +195,23 @@ def test_a_published_pipeline_becomes_a_student(mini, tmp_path, monkeypatch):
     info = json.loads((paths.student(run) / "gad.json").read_text())
     assert info["gad"] is None and info["training"]["published"]["path"] == str(tmp_path / "theirs")
     assert "Published" in (paths.student(run) / "README.md").read_text()
+
+
+def test_what_is_not_published_is_named(mini, tmp_path, monkeypatch):
+    p = published(tmp_path, monkeypatch, mini, path=str(tmp_path / "theirs"))
+    with pytest.raises(ValueError, match="published has no sd2-tdm-base-0: it has sd2-own-base-0"):
+        stages.publish(Run("sd2", "tdm", "base", 0), p)
+
+
+def test_a_full_size_student_names_its_source_and_no_licence(mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "DATA", tmp_path / "data")
+    data = params.load().model_dump()
+    data["backbones"]["sana"] |= {"world": "coco", "path": "someone/something"}
+    run, backbone = Run("sana", "tdm", "base", 0), mini("sana")
+    for p, terms in ((params.load(), "license: mit"), (params.validate(data), "base_model: someone/something")):
+        save_student(run, p, backbone, copies.deepcopy(backbone.network), tmp_path / "student")
+        card = (tmp_path / "student/README.md").read_text()
+        assert terms in card.split("---")[1] and ("license" in card) == ("height=64" in card) == ("mit" in terms)
 
 
 def test_a_published_pipeline_of_another_prediction_is_refused(mini, tmp_path, monkeypatch):

@@ -154,7 +154,10 @@ def test_marks_are_where_the_intervals_are(reports):
     (claim,) = page.judged(page.parse(text + rows)[1])
     value, low, high = claim["rows"][0]["mark"]
     assert low < value < 50 < high < 50.1 and abs((50 - value) - (value - low)) < 0.1 and low > 0
-    assert claim["rows"][1]["mark"] is None
+    assert claim["rows"][1]["mark"] is None and claim["edges"] == [50]
+    (claim,) = page.judged(page.parse(text + rows)[1], {"A": [-2, 2]})  # further out than any interval
+    left, right = claim["edges"]
+    assert 0 < left < claim["rows"][0]["mark"][1] and left + right == 100
 
 
 def test_claims_that_are_not_the_papers_and_an_overview(reports):

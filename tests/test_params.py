@@ -112,6 +112,8 @@ def test_runs_are_the_grid():
     "arguments, said",
     [
         (["--set", "gad.h=0", "distill", "sana", "tdm", "gad"], "gad.h=0"),
+        (["--set", "published={sd2-turbo-base-0: {backbone: sd2, paradigm: turbo, path: some/where}}", "distill", "sd2",
+          "turbo", "base"], "paradigm='turbo' is unknown: there are "),
         (["teacher", "sdxl"], "backbone='sdxl' is unknown"),
         (["evaluate", "sana", "tdm", "best"], "variant='best' is unknown"),
         (["--params", "none.yaml", "teacher", "sana"], "none.yaml does not exist"),

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import nbformat
 import pytest
@@ -115,7 +116,7 @@ def test_closure(start, missing, todo):
 def test_stages_wait_for_what_they_need_and_failures_stay_in_their_column(monkeypatch, capsys, own_place):
     order = []
 
-    def stage(name, force):
+    def stage(name, force, device):
         order.append(name)
         return ("failed", "why") if name == "b@1" else ("done", None)
 
@@ -123,6 +124,29 @@ def test_stages_wait_for_what_they_need_and_failures_stay_in_their_column(monkey
     assert set(graph._run(list(PARENTS), PARENTS, set(), 2)) == {"b@1", "use@1", "d"}
     assert order[0] == "a" and order.index("b@2") < order.index("use@2") and "use@1" not in order
     assert "b@1: why" in capsys.readouterr().err
+
+
+def test_each_stage_has_a_gpu_of_its_own(monkeypatch, own_place):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    both, seen = threading.Barrier(2, timeout=60), {}
+
+    def stage(name, force, device):
+        if name != "a":
+            both.wait()  # two at a time
+        seen[name] = graph._process(device)["env"]["CUDA_VISIBLE_DEVICES"]
+        return "done", None
+
+    monkeypatch.setattr(graph, "_stage", stage)
+    parents = {"a": set(), "b@1": {"a"}, "b@2": {"a"}}
+    assert graph._run(list(parents), parents, set(), 2) == []
+    assert {seen["b@1"], seen["b@2"]} == {"2", "5"}
+
+
+def test_teachers_wait_for_captions(monkeypatch):
+    dag = '"autoencoder@kl" -> "teacher@sd2"'
+    names = "coco@val2014\nteacher@sd2\nautoencoder@kl\n"
+    monkeypatch.setattr(graph, "_dvc", lambda *args: names if args[0] == "stage" else dag)
+    assert graph._parents()["teacher@sd2"] == {"coco@val2014", "autoencoder@kl"}
 
 
 def test_interrupted_fresh_run_goes_on(own_place):

@@ -16,9 +16,10 @@ from peft.utils import get_peft_model_state_dict
 from test_experts import dinov2, openclip, pickscore, rt_detr
 from test_formats import sana as instructed_sana
 
-from gad import params
+from gad import params, paths
 from gad.graph import ALONE, sandbox
 from gad.params import ROOT, ParamsError
+from gad.stages.common import write_json
 from gad.world import coco, scenes
 from gad.worlds import Mini, world_of
 
@@ -116,6 +117,26 @@ def test_given_pipelines_go_all_the_way_on_photographs(tmp_path):
     assert "Photographs" in text and "analytic" not in text and "Miniature" not in text.split("The paper's")[0]
     assert "PickScore" in (place / "reports/tables/summary.md").read_text()
     assert (place / "reports/index.html").exists()
+
+
+def test_captions_that_changed_since_the_teacher_was_measured_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "DATA", tmp_path)
+    photographs(tmp_path / "annotations")
+    coco.build(tmp_path / "annotations", tmp_path / "coco", 0, test=20, unseen=10, layouts=5)
+    data = params.load().model_dump()
+    own = tmp_path / "own.txt"
+    own.write_text("a cat\n")
+    data["backbones"]["sd2"] |= {"world": "coco", "path": "somewhere"}
+    data["coco"] |= {"prompts": str(own), "judges": {kind: {"path": "somewhere"} for kind in JUDGES}}
+    p = params.validate(data)
+    files = world_of("sd2", p).data.hashes()
+    assert set(files) == {"prompts.csv", "layouts.jsonl", "own.txt"}
+    write_json(paths.teacher("sd2") / "source.json", {"files": files})
+    world_of("sd2", p)
+    own.write_text("a dog\n")
+    with pytest.raises(ValueError, match=r"own\.txt has changed since .*: `dvc repro -f teacher@sd2`"):
+        world_of("sd2", p)
+    assert world_of("sd2", p, anew=True).prompts(1, 0) == ["a dog"]
 
 
 @pytest.mark.parametrize(

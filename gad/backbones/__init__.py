@@ -5,8 +5,10 @@ import json
 import os
 from pathlib import Path
 
+import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from .. import paths
 from . import pixart, sana, sd2
@@ -15,7 +17,7 @@ from .base import Backbone, Condition
 BACKBONES = {"sd2": sd2.SD2, "pixart": pixart.PixArt, "sana": sana.Sana}
 MINIATURES = {"sd2": sd2.miniature, "pixart": pixart.miniature, "sana": sana.miniature}
 
-__all__ = ["BACKBONES", "MINIATURES", "Backbone", "Condition", "load", "with_lora"]
+__all__ = ["BACKBONES", "MINIATURES", "Backbone", "Condition", "load", "load_network", "with_lora"]
 
 
 def load(name_or_path: str | Path, params=None, revision: str | None = None) -> Backbone:
@@ -34,33 +36,37 @@ def load(name_or_path: str | Path, params=None, revision: str | None = None) -> 
         options = {"revision": entry.revision, "variant": entry.variant, "dtype": dtype}
     else:
         path = name_or_path
-    folder = Path(path)
-    if folder.is_dir():
-        class_name = _check(folder)
-    elif folder.is_relative_to(paths.DATA / "students"):
-        stages = f"dvc stage list --name-only | grep {folder.name}"
-        raise ValueError(f"student {folder.name} is not there: none ship; `dvc repro` its distill stage ({stages})")
-    elif folder.is_absolute() or str(path).startswith((".", "data/")) or os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise ValueError(f"{path} is not there: run `dvc pull` or `dvc repro`, or correct the path")
-    else:
-        class_name = None
+    class_name = _class_of(path, options.get("revision"))
     if family is None:
         known = {cls.pipeline_class.__name__: name for name, cls in BACKBONES.items()}
         if class_name not in known:
             raise ValueError(f"{path} is a {class_name}: there are backbones for {', '.join(known)}")
         family = known[class_name]
     cls = BACKBONES[family]
-    if class_name not in (None, cls.pipeline_class.__name__):
+    if class_name != cls.pipeline_class.__name__:
         raise ValueError(f"{path} is a {class_name}: backbone {family!r} needs a {cls.pipeline_class.__name__}")
     try:
         pipeline = cls.pipeline_class.from_pretrained(
-            path, use_safetensors=True, local_files_only=folder.is_dir(), **options
+            path, use_safetensors=True, local_files_only=Path(path).is_dir(), **options
         )
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        fix = "" if folder.is_dir() else "; give a folder, or for a gated model accept its terms and `hf auth login`"
-        raise ValueError(f"{path} cannot be loaded as a {cls.pipeline_class.__name__}: {line}{fix}") from None
+        raise _unloadable(path, cls.pipeline_class.__name__, error) from None
     return cls(pipeline, str(name_or_path) if entry else family)
+
+
+def load_network(folder: Path) -> nn.Module:
+    """The network of a pipeline folder and nothing else of it, in fp32: T5 or Gemma stay on disk. ValueError as of
+    `load`."""
+    name, known = _class_of(folder), {cls.pipeline_class.__name__: cls for cls in BACKBONES.values()}
+    if name not in known:
+        raise ValueError(f"{folder} is a {name}: there are backbones for {', '.join(known)}")
+    part = known[name].part
+    kind = getattr(diffusers, json.loads((folder / "model_index.json").read_text())[part][1])
+    try:
+        network = kind.from_pretrained(folder, subfolder=part, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        raise _unloadable(folder / part, kind.__name__, error) from None
+    return network.requires_grad_(False).eval()
 
 
 def with_lora(backbone: Backbone, source: str, file: str | None = None, revision: str | None = None):
@@ -79,6 +85,32 @@ def with_lora(backbone: Backbone, source: str, file: str | None = None, revision
         raise ValueError(f"{source} cannot be loaded as a LoRA of {backbone.name}: {line}") from None
     finally:
         pipeline.register_modules(**{backbone.part: network})
+
+
+def _class_of(path: Path | str, revision: str | None = None) -> str:
+    """The pipeline class of a folder, all of whose parts are there and whole, or of a hub id."""
+    folder = Path(path)
+    if folder.is_dir():
+        return _check(folder)
+    if folder.is_relative_to(paths.DATA / "students"):
+        stages = f"dvc stage list --name-only | grep {folder.name}"
+        raise ValueError(f"student {folder.name} is not there: none ship; `dvc repro` its distill stage ({stages})")
+    if folder.is_absolute() or str(path).startswith((".", "data/")):
+        raise ValueError(f"{path} is not there: run `dvc pull` or `dvc repro`, or correct the path")
+    try:
+        return diffusers.DiffusionPipeline.load_config(str(path), revision=revision)["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(path, "pipeline", error) from None
+
+
+def _unloadable(path, kind: str, error: Exception) -> ValueError:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    fix = ""
+    if not Path(path).is_dir():
+        fix = "; give a folder, or for a gated model accept its terms and `hf auth login`"
+        if os.environ.get("HF_HUB_OFFLINE") == "1":
+            fix += ", or fetch it first: HF_HUB_OFFLINE is 1"
+    return ValueError(f"{path} cannot be loaded as a {kind}: {line}{fix}")
 
 
 def _check(folder: Path) -> str:

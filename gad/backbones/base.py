@@ -109,13 +109,13 @@ class Backbone:
     # The rest is the same for all.
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], batch: int = 256) -> Condition:
-        """Prompts to conditions, `batch` at a time; equal prompts are encoded once."""
+    def encode(self, prompts: list[str], batch: int = 256, device=None) -> Condition:
+        """Prompts to conditions, `batch` at a time, on the network's device or another; equal ones are encoded once."""
         if prompts != [""]:
             _ = self.null  # made now: first asked for in a `torch.func` transform, it would be a dead tensor of it
         unique = list(dict.fromkeys(prompts))
         index = {p: i for i, p in enumerate(unique)}
-        return self.encode_unlike(unique, batch)[[index[p] for p in prompts]]
+        return self.encode_unlike(unique, batch)[[index[p] for p in prompts]].to(device or self.device)
 
     def encode_unlike(self, prompts: list[str], batch: int) -> Condition:
         """What `encode` makes of prompts that are all different."""

@@ -11,6 +11,7 @@ from .. import geometry
 from ..backbones import Backbone, Condition
 
 LEVELS = (0.9, 0.7, 0.5, 0.3, 0.1)  # times t of the local map
+OTHERS = "another noise's tangent"  # a floor: the teacher's own, of another prompt too
 
 
 def endpoint(backbone: Backbone, network, cond: Condition, steps: int, cfg: float = 1.0, first=None):
@@ -53,6 +54,25 @@ def spectrum(x: Tensor) -> Tensor:
     return bins / bins.sum(1, keepdim=True)
 
 
+def mean(x):
+    return np.mean(x, -1)
+
+
+def _median(x):
+    return np.median(x, -1)
+
+
+# How points are summed up, over the last axis. A few noises lie where the map is all but discontinuous, and their huge
+# tangents would be all that a mean of norms or squares shows.
+SUMMARY = {
+    "cos": mean,
+    "ratio": lambda x: np.exp(mean(np.log(x))),
+    "mse": _median,
+    "relative": _median,
+    "value": _median,
+}
+
+
 def row(y: Tensor, jv: Tensor, x0: Tensor, teacher_jv: Tensor) -> dict[str, list]:
     """One model's measurements, point by point, ready for JSON: `compare` of the responses, `value` = relative
     squared error of the values, and both spectra. Five digits are kept of each."""
@@ -86,19 +106,23 @@ def spectral_kl(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
     return np.maximum(0.0, rel_entr(teacher.mean(-2), student.mean(-2)).sum(-1))  # rounding may leave −1e-16; NaN stays
 
 
-def bootstrap(statistic, prompts: np.ndarray, n: int, seed: int = 0) -> tuple[float, float, float]:
+def bootstrap(
+    statistic, prompts: np.ndarray, n: int, seed: int = 0, centred: bool = False
+) -> tuple[float, float, float]:
     """Value and 95 % percentile interval of `statistic(rows)` under resampling of prompts with all their rows.
 
     `prompts` (N,): the prompt each row belongs to, as many rows each; `statistic` maps row indices (…, N) to numbers
-    (…).
+    (…). `centred`: the spread of the draws about the value instead, for a statistic that resampling itself makes
+    larger, such as a divergence.
     """
     _, index, rows = np.unique(prompts, return_inverse=True, return_counts=True)
     if len(set(rows)) != 1:
         raise ValueError(f"prompts have {min(rows)} to {max(rows)} rows: give each as many")
     groups = np.argsort(index, kind="stable").reshape(-1, rows[0])
     chosen = np.random.default_rng(seed).integers(0, len(groups), (n, len(groups)))
-    low, high = np.percentile(statistic(groups[chosen].reshape(n, -1)), [2.5, 97.5])
-    return float(statistic(np.arange(len(prompts)))), float(low), float(high)
+    value, draws = statistic(np.arange(len(prompts))), statistic(groups[chosen].reshape(n, -1))
+    low, high = np.percentile(draws - np.mean(draws) + value if centred else draws, [2.5, 97.5])
+    return float(value), float(low), float(high)
 
 
 def interval_columns(name: str, x: np.ndarray, n: int, mean=np.mean) -> dict[str, float]:

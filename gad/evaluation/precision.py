@@ -8,9 +8,8 @@ import copy
 import pandas as pd
 import torch
 
-from .. import geometry
 from ..backbones import Backbone
-from .geometry import compare, row, spectral_kl
+from .geometry import compare, row, spectral_kl, tangents
 
 TIME = torch.tensor(0.7)
 STEPS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # h, RMS per element
@@ -31,15 +30,25 @@ def low_precision_response(f, x, v, h, dtype, scheme="forward"):
     return (run(x + h * v) - run(x)) / h
 
 
+def _maps(backbone, network, cond, batch, cfg=1.0):
+    """The network's output at TIME as a map of a part's prompts, and as one of all samples, `batch` at a time."""
+    def output(c):
+        return lambda x: backbone.output(network, x, TIME, c, cfg)
+
+    def whole(x):
+        parts = [slice(i, i + batch) for i in range(0, len(x), batch)]
+        return torch.cat([output(cond[j])(x[j]) for j in parts])
+
+    return output, whole
+
+
 @torch.no_grad()
-def sweep(backbone: Backbone, test, cfg: float) -> pd.DataFrame:
+def sweep(backbone: Backbone, test, cfg: float, batch: int) -> pd.DataFrame:
     """Cosine and relative error of differences of the teacher's output at x_t against the exact JVP."""
     x_t = backbone.add_noise(test.x0, test.z, TIME.expand(len(test)))
 
-    def f(x):
-        return backbone.output(backbone.network, x, TIME, test.cond, cfg)
-
-    exact = geometry.jvp(f, x_t, test.v)[1]
+    output, f = _maps(backbone, backbone.network, test.cond, batch, cfg)
+    exact = tangents(output, x_t, test.v, test.cond, batch)[1]
     rows = []
     for name, dtype in DTYPES.items():
         for scheme in ("forward", "central"):
@@ -53,7 +62,7 @@ def sweep(backbone: Backbone, test, cfg: float) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def known_students(backbone: Backbone, test, seed: int) -> pd.DataFrame:
+def known_students(backbone: Backbone, test, seed: int, batch: int) -> pd.DataFrame:
     """Students that are the teacher plus weight noise, so that their exact JVP cosine is known; then Table 1's
     columns as the released setting measures them."""
     x_t = backbone.add_noise(test.x0, test.z, TIME.expand(len(test)))
@@ -64,8 +73,8 @@ def known_students(backbone: Backbone, test, seed: int) -> pd.DataFrame:
         generator = torch.Generator().manual_seed(seed)
         for w in student.parameters():
             w += noise * w.std(correction=0) * torch.randn(w.shape, generator=generator).to(w.device)
-        maps = [lambda x, n=n: backbone.output(n, x, TIME, test.cond) for n in (student, backbone.network)]
-        exact = [geometry.jvp(f, x_t, test.v)[1] for f in maps]
+        maps = [_maps(backbone, n, test.cond, batch) for n in (student, backbone.network)]
+        exact = [tangents(output, x_t, test.v, test.cond, batch)[1] for output, _ in maps]
         known = row(exact[0], exact[0], exact[1], exact[1])
         entry = {"weight_noise": noise, "exact_cos": sum(known["cos"]) / len(known["cos"])}
         for name, v, h, dtype in (
@@ -73,7 +82,7 @@ def known_students(backbone: Backbone, test, seed: int) -> pd.DataFrame:
             ("released_element", test.v, PUBLISHED, torch.float16),
             ("ours", test.v, 1e-2, torch.float32),
         ):
-            s, t = (low_precision_response(f, x_t, v, h, dtype) for f in maps)
+            s, t = (low_precision_response(f, x_t, v, h, dtype) for _, f in maps)
             got = row(s, s, t, t)
             entry |= {f"{name}_{k}": sum(got[k]) / len(got[k]) for k in ("cos", "ratio", "mse")}
             spectra = [pd.DataFrame(got[k]).to_numpy() for k in ("spectrum", "teacher_spectrum")]

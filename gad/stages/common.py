@@ -3,13 +3,14 @@
 import importlib.util
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from .. import paths
 from ..backbones import Backbone, load
@@ -30,7 +31,8 @@ def prepare(p: Params, precision: str = "no", track: str | None = None) -> Accel
     if track and importlib.util.find_spec(track) is None:
         raise ValueError(f"track={track!r} is not installed: pip install {track}")
     made = Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision=precision, log_with=track, project_dir=paths.tracking()
+        cpu=not torch.cuda.is_available(), mixed_precision=precision, log_with=track, project_dir=paths.tracking(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # others wait while one encodes prompts
     )
     if made.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(

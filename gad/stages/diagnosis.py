@@ -59,10 +59,11 @@ def diagnose(backbone: str, p: Params) -> dict:
         y, response = tangents(test.z, test.v, test.cond, steps, cfg)
         floors[name] = geometry.row(y, response, test.x0, test.jv)
     shifted = (torch.roll(a, e.noises, 0) for a in (test.x0, test.jv))
-    floors["another noise's tangent"] = geometry.row(*shifted, test.x0, test.jv)
+    floors[geometry.OTHERS] = geometry.row(*shifted, test.x0, test.jv)
     write_json(folder / "floors.json", floors)
-    write_csv(folder / "precision.csv", precision.sweep(teacher, test[slice(0, 8)], which.cfg))
-    write_csv(folder / "published.csv", precision.known_students(teacher, test[slice(0, 16)], seed))
+    size = p.hardware.tangents
+    write_csv(folder / "precision.csv", precision.sweep(teacher, test[slice(0, 8)], which.cfg, size))
+    write_csv(folder / "published.csv", precision.known_students(teacher, test[slice(0, 16)], seed, size))
     return {name: {k: float(np.mean(r[k])) for k in ("cos", "ratio", "relative")} for name, r in floors.items()}
 
 

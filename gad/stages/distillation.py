@@ -9,7 +9,7 @@ import pandas as pd
 
 from .. import distill as students
 from .. import paths
-from ..backbones import load, with_lora
+from ..backbones import load, load_network, with_lora
 from ..evaluation.geometry import compare, endpoint, interval_columns, tangents
 from ..paradigms import PARADIGMS
 from ..params import Params, Run
@@ -24,7 +24,8 @@ def distill(run: Run, p: Params, track: str | None = None) -> dict:
     """Train student `run`; its folder, log and probes. `track`: a tracker's name, see `prepare`."""
     accelerator = prepare(p, p.distill.precision, track)
     if track:
-        accelerator.init_trackers("gad", {"run": str(run), **p.distill.identity})
+        live = {"dir": str(paths.tracking() / "dvclive"), "dvcyaml": None, "save_dvc_exp": False}  # not DVC's own files
+        accelerator.init_trackers("gad", {"run": str(run), **p.distill.identity}, {"dvclive": live})
     made, _ = _student(run, p, paths.student(run), paths.resume(str(run)), accelerator)
     accelerator.end_training()
     if not made:
@@ -41,7 +42,7 @@ def _student(run, p, folder, work, accelerator):
     endpoints, paired = paths.endpoints(run.backbone), PARADIGMS[run.paradigm].paired
     prompts = world_of(run.backbone, p).prompts(p.distill.prompts, p.seeds.world)
     with accelerator.main_process_first():  # which encodes all prompts there will be; the others read them
-        cond = backbone.encode(prompts)
+        cond = backbone.encode(prompts, device="cpu")  # of T5's, 2 GB for each 1000
         train, test = (Tangents.load(endpoints / f"{k}.safetensors", backbone) for k in ("train", "probe"))
         samples = Samples.load(endpoints / "samples.safetensors", backbone) if paired else None
     term = p.term(run.variant)
@@ -60,6 +61,8 @@ def publish(run: Run, p: Params) -> dict:
     ValueError where it is not of the backbone's kind, or its latents, prompts or prediction are others.
     """
     prepare(p)
+    if str(run) not in p.published:
+        raise ValueError(f"published has no {run}: it has {', '.join(p.published) or 'no entries'}")
     entry, backbone = p.published[str(run)], load(run.backbone, p)
     if entry.lora:
         network = with_lora(backbone, entry.lora, entry.file, entry.revision)
@@ -94,7 +97,7 @@ def trial(run: Run, p: Params, settings: dict, prompts: int = 128, noises: int =
     began = time.monotonic()
     (log, _), backbone = _student(run, p, work / "student", work, prepare(p, p.distill.precision))
     seconds = time.monotonic() - began
-    student = load(work / "student").network.to(backbone.device)
+    student = load_network(work / "student").to(backbone.device)
     row = {
         "backbone": run.backbone, "paradigm": run.paradigm, "variant": run.variant, "seed": run.seed,
         "settings": " ".join(f"{k}={v}" for k, v in sorted(settings.items())),
@@ -111,7 +114,7 @@ def trial(run: Run, p: Params, settings: dict, prompts: int = 128, noises: int =
         tangents(lambda c, m=m: endpoint(backbone, m[0], c, m[1], m[2]), z, v, cond, p.evaluation.batch, str(run))
         for m in ((student, which.student_steps, 1.0), (backbone.network, which.teacher_steps, which.cfg))
     )
-    row |= interval_columns("cos", compare(own, its)["cos"].numpy(), p.report.bootstrap)
+    row |= interval_columns("cos", compare(own, its)["cos"].cpu().numpy(), p.report.bootstrap)
     row |= {"gap": log["gap"].dropna().iloc[-1] if "gap" in log else np.nan, "seconds": round(seconds)}
     shutil.rmtree(work)
     _append(paths.REPORTS / "tuning.csv", row)

@@ -5,7 +5,7 @@ import torch
 from torchvision.utils import save_image
 
 from .. import paths
-from ..backbones import load
+from ..backbones import load_network
 from ..evaluation import geometry, trajectory
 from ..params import Params, Run
 from ..tangents import Paths, Tangents
@@ -20,7 +20,7 @@ def evaluate(run: Run, p: Params) -> dict:
     which, e, seed = p.backbones[run.backbone], p.evaluation, p.seeds.world
     accelerator, world = prepare(p), world_of(run.backbone, p)
     teacher = placed(accelerator.device, run.backbone, p)
-    student = load(paths.student(run)).network.to(accelerator.device)
+    student = load_network(paths.student(run)).to(accelerator.device)
     test = Tangents.load(paths.diagnosis(run.backbone) / "test.safetensors", teacher)
     steps = which.student_steps
 

@@ -8,7 +8,7 @@ import torch
 from torchvision.utils import save_image
 
 from .. import paths, tables
-from ..backbones import Backbone, load
+from ..backbones import Backbone, load_network
 from ..benches import BENCHES, LAYOUTS, small
 from ..evaluation import diversity, layout, noise_query, seeds
 from ..params import Params, Run
@@ -100,7 +100,7 @@ def use(run: Run, p: Params) -> dict:
     """The same measures of student `run`, and of a base student's images with the hybrid sampler."""
     bench = _Bench(run.backbone, p)
     teacher, which = bench.backbone, bench.which
-    student = load(paths.student(run)).network.to(teacher.device)
+    student = load_network(paths.student(run)).to(teacher.device)
     classifiers = {kind: seeds.Classifier.load(bench.folder / f"{kind}.safetensors") for kind in KINDS}
     library = tables.read(bench.folder / "library.json")
     model = bench.model(student, which.student_steps, 1.0)

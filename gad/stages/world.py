@@ -26,7 +26,7 @@ def autoencoder(kind: str, p: Params) -> dict:
 
 def teacher(backbone: str, p: Params) -> dict:
     """Train the miniature teacher of `backbone`, or take the one at its `path`, and measure it on test prompts."""
-    which, world = p.backbones[backbone], world_of(backbone, p)
+    which, world = p.backbones[backbone], world_of(backbone, p, anew=True)
     if which.path:
         return _given(backbone, p, world)
     folder = paths.autoencoder(which.autoencoder)
@@ -52,6 +52,7 @@ def _given(backbone, p, world) -> dict:
     fits = teachers.quality(world, made, made.network, n, which.teacher_steps, which.cfg, seed)
     write_json(paths.teacher(backbone) / "source.json", {
         "path": which.path, "revision": which.revision, "parameters": sum(w.numel() for w in made.network.parameters()),
+        "files": world.data.hashes() if which.world == "coco" else {},
     })
     metrics = {k: float(np.mean(v)) for k, v in fits.items()}
     write_json(paths.teacher_metrics(backbone), metrics | {"quality": fits})

@@ -94,11 +94,13 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
     shifts, rhos = ([m for m in dict.fromkeys(found["table6"]["metric"]) if m.startswith(s)] for s in ("shift", "ρ"))
     pages = {
         "table2": ["# Table 2, seeds told from images", (
-            f"{note} A classifier names the seed of an image, {seeds}: it learns from {u.train} of the prompts and is "
-            f"tested on the other {u.prompts - u.train}; chance is {1 / u.seeds:.3f} (top-1) and {5 / u.seeds:.3f} "
-            "(top-5). Self: it learns from the model's own images; teacher: from the teacher's, made of the same "
-            f"noises. Intervals rest on {u.prompts - u.train} test prompts: a percentile bootstrap of so few is too "
-            "narrow, and a top-5 of 1 [1, 1] says only that no test prompt failed."),
+            f"{note} A classifier names the seed of an image, {seeds}: it learns from {u.train} of the prompts and "
+            f"is tested on the other {u.prompts - u.train}; chance is {1 / u.seeds:.3f} (top-1) and "
+            f"{5 / u.seeds:.3f} (top-5). Linear: logistic regression on 16 × 16 pooled pixels; CNN: a small "
+            "convolutional network. Self: it learns from the model's own images; teacher: from the teacher's, made "
+            "of the same noises, and is tested on the model's. All that is ours: the paper's classifier and seeds "
+            f"are not published. Intervals rest on {u.prompts - u.train} test prompts: a percentile bootstrap of so "
+            "few is too narrow, and a top-5 of 1 [1, 1] says only that no test prompt failed."),
             *_section(found["table2"], named, "Accuracy", _own), *PAPER["table2"],
             *_section(found["table2"], named, "Differences, paired", _difference, "+.3g"),
             *_section(found["table2"], named, "Students minus their teacher, paired", lambda m: m.endswith("− teacher"),
@@ -121,7 +123,7 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             *_section(found["table3"], quality, "Differences, paired", _difference, "+.3g"),
             *(_judge() if "mini" in there else ())],
         "table5": ["# Table 5, layout control without training", (
-            f"{note} {u.layouts} prompts of objects and a box for each, of which the prompt says nothing. "
+            f"{note} {u.layouts} draws of prompts of objects and a box for each, of which the prompt says nothing. "
             f"Attention guidance at the student's first two times, {u.evals} gradients at each for every model, each "
             f"moving the state by an RMS of {u.scale:g} (guided). AP against the boxes by pycocotools, its intervals "
             "the spread of resampled prompts about the value, cut at 0 and 1; free: no guidance; shuffled: guided into "
@@ -159,8 +161,8 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
         "figure5": ["# Figure 5, diversity and fidelity", (
             f"{note} {seeds}. Vendi: of a prompt's images by the judge's features, at most {u.seeds}."
             + on("mini", (
-                "Layout Vendi: of its objects' places; coverage: share of the world's own layouts that the model comes "
-                "near to."))
+                "Layout Vendi: of its objects' places; coverage: share of the world's own places of the first object "
+                "that the model's come near to."))
             + on("coco", "Photographs: features are DINOv2's.")),
             *_section(found["figure5"], diversity, "Diversity", _own), *PAPER["figure5"],
             *_section(found["figure5"], [

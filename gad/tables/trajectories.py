@@ -54,13 +54,13 @@ def write(p: Params) -> pd.DataFrame:
     long = table4(p)
     text = [
         "# Table 4, trajectories",
-        f"Distance of a student's state from its teacher's after each of its steps, from the same noise, on "
-        f"{p.evaluation.trajectory_prompts} unseen prompts (miniature), in units of the teacher's state; 95 % "
-        "bootstrap intervals over prompts. t: the time that the step leads to, 1 noise and 0 the image, on the "
-        "sampler's even grid (a flow's shift, SANA's, is not in it). A step's own error: what it adds by itself, from "
-        "the teacher's state; inherited: the rest, which comes of the steps before and may be below zero, where errors "
-        "make up for one another; of the first step it is zero. Differences are paired and add up. As RMS per "
-        "element: `rmse` in table4.csv.",
+        "Distance of a student's state from its teacher's after each of its steps, from the same noise, on "
+        f"{p.evaluation.trajectory_prompts} draws of unseen prompts (miniature; short ones recur), in units of the "
+        "teacher's state; 95 % bootstrap intervals over prompts. t: the time that the step leads to, 1 noise and 0 "
+        "the image, on the sampler's even grid (a flow's shift, SANA's, is not in it). A step's own error: what it "
+        "adds by itself, from the teacher's state; inherited: the rest, which comes of the steps before and may be "
+        "below zero, where errors make up for one another; of the first step it is zero. Differences are paired and "
+        "add up. As RMS per element: `rmse` in table4.csv.",
     ]
     own, first = ~long["model"].str.contains(" − "), long["step"] == 1
     for metric, rows, title, spec in (

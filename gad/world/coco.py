@@ -309,6 +309,11 @@ class Coco:
         if train is not None:
             read_prompts(train, column)
 
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each file that is read, by its name."""
+        files = [self.folder / PROMPTS, self.folder / LAYOUTS, *([Path(self.train)] if self.train else [])]
+        return {path.name: _digest(path)["sha256"] for path in files}
+
     def prompts(self, n: int, seed: int, split: str = "train") -> list[str]:
         """`n` prompts in random order; of a smaller n the first of these.
 

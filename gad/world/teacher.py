@@ -178,10 +178,12 @@ def generate(
 def draw(
     backbone, network, z: torch.Tensor, prompts: list[str], steps, cfg, batch: int = 128, first=None
 ) -> torch.Tensor:
-    """Images (n, 3, H, W) of noises z (n, C, h, w), one a prompt."""
-    cond = backbone.encode(prompts)
+    """Images (n, 3, H, W), on the CPU, of noises z (n, C, h, w), one a prompt."""
+    cond = backbone.encode(prompts, device="cpu")
     out = [
-        backbone.decode(backbone.sample(network, z[i:i + batch], cond[i:i + batch], steps, cfg, first=first))
+        backbone.decode(
+            backbone.sample(network, z[i:i + batch], cond[i:i + batch].to(z.device), steps, cfg, first=first)
+        ).cpu()
         for i in range(0, len(prompts), batch)
     ]
     return torch.cat(out)
