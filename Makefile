@@ -46,7 +46,7 @@ demo: install ## a student without and one with GAD, side by side, in demo/
 	$(BIN)/python -m gad.pipeline demo --jobs $(JOBS)
 
 lab: install ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir notebooks
+	$(BIN)/jupyter lab --notebook-dir . --LabApp.default_url=/lab/tree/notebooks
 
 lint: install ## ruff, and that the notebooks hold no outputs
 	$(BIN)/ruff check .

@@ -49,7 +49,7 @@ class _Kept:
         """Of all that fixes the bits. A tokeniser is known by what it makes of these prompts."""
         backbone, tokenizer = self.backbone, self.backbone.pipeline.tokenizer
         tokens, length = self._tokens(prompts)
-        code = inspect.getsource(type(backbone).encode_text)
+        code = inspect.getsource(inspect.getmodule(type(backbone)))  # what it calls may be anywhere there
         there = torch.__version__, transformers.__version__, backbone.device.type, torch.get_num_threads()
         whole = self.weights, code, there, batch, prompts, tokens, length, tokenizer.pad_token_id, backbone.instruction
         return hashlib.sha256(repr(whole).encode()).hexdigest()[:32]

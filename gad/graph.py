@@ -47,13 +47,16 @@ def reproduce(jobs: int = 2, fresh: str | None = None):
     goes on with them. Raises PipelineError when a stage failed; what does not depend on it still ran.
     """
     p = load()  # a mistake in params.yaml shows before anything runs
+    _without_outputs()
     parents = _parents()
-    changed, missing, lost = _status()
-    if fetch := lost - changed:
+    changed, missing, lost, altered = _status()
+    if fetch := (lost - changed) | altered:
         print(f"fetching the results of {len(fetch)} stages from data/store", flush=True)
-        # What is not there runs below. To name all stages would take DVC minutes: only where some changed.
-        _dvc("pull", "--allow-missing", *(sorted(fetch) if changed else ()), check=False)
-        changed, missing, lost = _status()
+        # What is not there runs below. To name all stages would take DVC minutes: only where some changed. Altered
+        # outputs, of a run at other parameters, make what reads them look changed.
+        _dvc("pull", "--allow-missing", *(sorted(fetch) if changed and not altered else ()), check=False)
+        changed, missing, lost, altered = _status()
+        changed |= altered
     forced = _forced(fresh, parents, p)
     todo = _closure(changed | lost | forced, parents, missing)
     failed = _run([s for s in parents if s in todo], parents, forced, jobs) if todo else []
@@ -76,6 +79,16 @@ def into_readme(begin="<!-- summary -->\n", end="<!-- /summary -->"):
 # What must run
 
 
+def _without_outputs():
+    """PipelineError where a stage's notebook was run in place: DVC would take its stages, and all that follows, for
+    changed."""
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text())["cells"]
+        if any(c.get("outputs") or c.get("execution_count") for c in cells):
+            name = path.relative_to(ROOT)
+            raise PipelineError(f"{name} holds outputs, by which its stages would run anew: `make strip` empties it")
+
+
 def _parents() -> dict[str, set[str]]:
     """Every stage, in the order of dvc.yaml, with the stages it needs."""
     parents = {name: set() for name in _dvc("stage", "list", "--name-only").split()}
@@ -87,9 +100,9 @@ def _parents() -> dict[str, set[str]]:
     return parents
 
 
-def _status() -> tuple[set[str], set[str], set[str]]:
-    """Stages that changed, that miss outputs, and that miss outputs which ship."""
-    changed, missing, lost = set(), set(), set()
+def _status() -> tuple[set[str], set[str], set[str], set[str]]:
+    """Stages that changed, that miss outputs, that miss outputs which ship, and whose outputs are others."""
+    changed, missing, lost, altered = set(), set(), set(), set()
     for stage, entries in json.loads(_dvc("status", "--json")).items():
         for entry in entries:
             if not isinstance(entry, dict):  # "changed command"
@@ -100,13 +113,15 @@ def _status() -> tuple[set[str], set[str], set[str]]:
                     gone = not (ROOT / path).exists()
                     if state == "not in cache" and not gone:  # here, and right
                         continue
-                    if state not in ("deleted", "not in cache"):
+                    if kind == "changed outs" and state == "modified":
+                        altered.add(stage)
+                    elif state not in ("deleted", "not in cache"):
                         changed.add(stage)
                     elif kind == "changed outs":
                         missing.add(stage)
                         if not path.startswith(LOCAL):
                             lost.add(stage)
-    return changed, missing, lost
+    return changed, missing, lost, altered
 
 
 def _forced(fresh, parents, p) -> set[str]:
@@ -233,7 +248,10 @@ def _group(stage):
 def _dvc(*args, check=True) -> str:
     done = subprocess.run([sys.executable, "-m", "dvc", *args], **_process(), capture_output=True)
     if check and done.returncode:
-        raise PipelineError(f"dvc {args[0]}: {_reason(done.stdout + done.stderr)}")
+        reason = _reason(done.stdout + done.stderr)
+        if "not a git repository" in reason:
+            reason += " (clone it, or `dvc config --local core.no_scm true`)"
+        raise PipelineError(f"dvc {args[0]}: {reason}")
     return done.stdout
 
 
@@ -266,6 +284,8 @@ def sandbox(folder: Path, overrides: dict, shared: bool = False) -> Path:
     for name in ("dvc.yaml", ".dvcignore", "CITATION.cff", *(["dvc.lock"] if shared else [])):
         shutil.copy(ROOT / name, folder)
     params = _merged(yaml.safe_load((ROOT / "params.yaml").read_text()), overrides)
+    there = params["grid"]["backbones"]
+    params["published"] = {k: v for k, v in (params.get("published") or {}).items() if v["backbone"] in there}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     config = "[core]\n    no_scm = true\n    analytics = false\n"
     if shared:
@@ -302,10 +322,12 @@ def demo(jobs: int = 2, backbone: str = "sana"):
         raise PipelineError(f"--backbone {backbone}: the grid has {', '.join(p.grid.backbones)}")
     if not (ROOT / "dvc.lock").exists():
         raise PipelineError("there is no dvc.lock, so no teacher: run `make reproduce` first")
-    shutil.rmtree(folder, ignore_errors=True)
-    grid = {"backbones": [backbone], "paradigms": p.grid.paradigms[:1], "variants": ["base", "gad"]}
-    only = {"grid": grid, "further": ALONE, "seeds": {"distill": p.seeds.distill[:1]}}
-    sandbox(folder, only, shared=True)
+    _without_outputs()
+    if not (folder / PENDING.relative_to(ROOT)).exists():  # else it was interrupted, and goes on
+        shutil.rmtree(folder, ignore_errors=True)
+        grid = {"backbones": [backbone], "paradigms": p.grid.paradigms[:1], "variants": ["base", "gad"]}
+        only = {"grid": grid, "further": ALONE, "seeds": {"distill": p.seeds.distill[:1]}}
+        sandbox(folder, only, shared=True)
     _within(folder, "reproduce", "--jobs", jobs, "--fresh", "students")
     print((folder / "reports/tables/table1.md").read_text())
     print("pictures: demo/reports/figures; the students, as Diffusers pipelines: demo/data/students")

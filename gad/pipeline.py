@@ -182,7 +182,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gad: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("gad: stopped; the same command goes on from here", file=sys.stderr)
+        goes_on = "" if args.command == "smoke" else "; the same command goes on from here"
+        print(f"gad: stopped{goes_on}", file=sys.stderr)
         return 130
     return 0
 

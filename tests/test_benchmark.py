@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gad import architectures, distill, paths
+from gad.backbones import MINIATURES
 from gad.paradigms.tdm import TDM
 from gad.params import load
 from gad.stages.benchmark import SCHEDULES, Schedule, benchmark, page, plan
@@ -106,7 +107,7 @@ def test_plan_is_steps_times_batch_over_images_a_second():
 
 @pytest.mark.parametrize("options, message", [
     ({"backbones": ("sd3",)}, "'sd3' has no miniature networks"),
-    ({"backbones": ("sana-1.6b",)}, "there are sd2, pixart, sana"),
+    ({"backbones": ("sana-1.6b",)}, f"there are {', '.join(MINIATURES)}"),
     ({"paradigms": ("lcm",)}, "'lcm' is not in params.yaml"),
     ({"precision": "fp16"}, "use 'no' .fp32. or 'bf16'"),
     ({"blocks": 1}, "blocks=1 is too few"),

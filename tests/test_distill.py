@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gad.graph import sandbox
 from gad.params import ROOT
-from gad.stages.distillation import _append
+from gad.stages.trial import _append
 
 SMOKE = yaml.safe_load((ROOT / "tests/smoke.yaml").read_text())
 RUN = "sana-tdm-gad-0"

@@ -128,6 +128,12 @@ def test_nothing_is_fetched_and_links_lead_somewhere(reports):
                 assert link[1:] in ids if link.startswith("#") else (reports / link).is_file(), link
 
 
+def test_the_shipped_page_is_of_this_graph(reports):
+    """It shows stages of dvc.yaml, which DVC does not take for a dependency."""
+    page.write(params.load())
+    assert (reports / "index.html").read_text() == (ROOT / "reports/index.html").read_text()
+
+
 def test_every_verdict_is_there(reports):
     text = (reports / "claims.md").read_text()
     rows = re.findall(r"^\| (\w+) +\| (.+?) +\| (.+?) +\| (.+?) +\|$", text, re.M)

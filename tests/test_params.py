@@ -48,7 +48,7 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("hardware.accumulate", 0, "hardware.accumulate=0: input should be greater than 0"),
         ("published", {"x": {"backbone": "sd2", "paradigm": "turbo"}}, "needs either path or lora: give one of them"),
         ("published", {"x": {"backbone": "sdxl", "paradigm": "turbo", "path": "a"}},
-         "published.x.backbone='sdxl' is not in grid.backbones (sd2, pixart, sana)"),
+         f"published.x.backbone='sdxl' is not in grid.backbones ({', '.join(DATA['grid']['backbones'])})"),
         ("published", {"x": {"backbone": "sd2", "paradigm": "turbo", "path": "a"}},
          "published.x: its key must be its students' name: write sd2-turbo-base-0"),
         ("published", {"sd2-tdm-base-0": {"backbone": "sd2", "paradigm": "tdm", "lora": "a"}},

@@ -64,7 +64,8 @@ def test_failed_notebook_is_one_line_and_kept(own_place):
     [
         (["notebooks/none.ipynb", "x.ipynb"], "does not exist"),
         (["notebooks/03_distill.ipynb", "x.ipynb", "--set", "h=1"], "backbone, paradigm, variant, seed"),
-        (["notebooks/03_distill.ipynb", "x.ipynb", "--set", "backbone=none"], "there are sd2, pixart, sana"),
+        (["notebooks/03_distill.ipynb", "x.ipynb", "--set", "backbone=none"],
+         f"there are {', '.join(params.load().backbones)}"),
         (["notebooks/03_distill.ipynb", "x.ipynb", "--set", "seed"], "KEY=VALUE"),
     ],
 )
@@ -124,6 +125,52 @@ def test_stages_wait_for_what_they_need_and_failures_stay_in_their_column(monkey
     assert set(graph._run(list(PARENTS), PARENTS, set(), 2)) == {"b@1", "use@1", "d"}
     assert order[0] == "a" and order.index("b@2") < order.index("use@2") and "use@1" not in order
     assert "b@1: why" in capsys.readouterr().err
+
+
+def test_what_another_setting_left_is_fetched_and_not_run(monkeypatch, own_place, capsys):
+    """params.yaml and dvc.lock are back at what they were, outputs are those of the other λ; its student is gone."""
+    there = {"distill@a": [{"changed outs": {"data/students/a": "not in cache", "data/logs/a.csv": "modified"}}],
+             "evaluate@a": [{"changed deps": {"data/students/a": "modified"}},
+                            {"changed outs": {"data/results/a.json": "modified"}}]}
+    fetched = {"distill@a": [{"changed outs": {"data/students/a": "deleted"}}],
+               "evaluate@a": [{"changed deps": {"data/students/a": "deleted"}}]}
+    states, called = [there, fetched], []
+
+    def dvc(*args, check=True):
+        called.append(args)
+        if args[0] == "status":
+            return json.dumps(states.pop(0))
+        return '"distill@a" -> "evaluate@a"' if args[0] == "dag" else "distill@a\nevaluate@a\n"
+
+    monkeypatch.setattr(graph, "_dvc", dvc)
+    monkeypatch.setattr(graph, "_run", lambda *args: pytest.fail(f"runs {args[0]}"))
+    graph.reproduce()
+    assert ("pull", "--allow-missing") in called and "up to date" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [graph.reproduce, graph.demo])
+def test_a_notebook_that_was_run_in_place_is_named(command, own_place, monkeypatch):
+    (own_place / "notebooks").mkdir()
+    (own_place / "dvc.lock").touch()
+    cell = new_code_cell("1", outputs=[new_output("stream", text="1")])
+    nbformat.write(new_notebook(cells=[cell]), own_place / "notebooks/04_evaluate.ipynb")
+    monkeypatch.setattr(graph, "_dvc", lambda *args, **_: pytest.fail("DVC is asked"))
+    with pytest.raises(graph.PipelineError, match=r"^notebooks/04_evaluate\.ipynb holds outputs.*: `make strip`"):
+        command()
+
+
+def test_a_copy_keeps_no_published_row_of_a_backbone_it_lacks(tmp_path, monkeypatch):
+    data = yaml.safe_load((ROOT / "params.yaml").read_text())
+    row = {"paradigm": "turbo", "path": "x"}
+    data["published"] = {f"{b}-turbo-base-0": {"backbone": b, **row} for b in ("sd2", "sana")}
+    shutil.copytree(ROOT / "gad", tmp_path / "here/gad")
+    shutil.copytree(ROOT / "notebooks", tmp_path / "here/notebooks")
+    for name in ("dvc.yaml", ".dvcignore", "CITATION.cff"):
+        shutil.copy(ROOT / name, tmp_path / "here")
+    (tmp_path / "here/params.yaml").write_text(yaml.safe_dump(data))
+    monkeypatch.setattr(graph, "ROOT", tmp_path / "here")
+    place = graph.sandbox(tmp_path / "copy", {"grid": {"backbones": ["sana"]}, "further": graph.ALONE})
+    assert [*params.load(place / "params.yaml").published] == ["sana-turbo-base-0"]
 
 
 def test_each_stage_has_a_gpu_of_its_own(monkeypatch, own_place):

@@ -3,8 +3,9 @@
 from .benchmark import benchmark
 from .cost import cost
 from .diagnosis import diagnose
-from .distillation import distill, publish, trial
+from .distillation import distill, publish
 from .evaluation import evaluate
+from .trial import trial
 from .uses import judge, references, use
 from .world import autoencoder, teacher
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import resource
 import sys
 import time
 
@@ -36,6 +37,8 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
     """Time every paradigm's step without GAD, with it, with it at each 4th step (`gad.every`) and with `controls.map`
     where there is one, on `backbone`; a row each, kept in reports/cost.csv. A block is as many steps as a cycle of all
     that takes turns is long."""
+    if blocks < 2:
+        raise ValueError(f"blocks={blocks} is too few: an interval needs 2 or more")
     accelerator = prepare(p, p.distill.precision)
     model = placed(accelerator.device, backbone, p)
     which, endpoints = p.backbones[backbone], paths.endpoints(backbone)
@@ -98,7 +101,7 @@ class _Timed:
 def _forget_peak(device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    else:  # Linux: what is freed goes back, or the peak would stay; then it starts anew
+    elif sys.platform == "linux":  # what is freed goes back, or the peak would stay; then it starts anew
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as f:
             f.write("5")
@@ -107,6 +110,8 @@ def _forget_peak(device):
 def _peak(device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of the whole run
     with open("/proc/self/status") as f:
         return int(next(line for line in f if line.startswith("VmHWM")).split()[1]) / 1024
 
