@@ -25,7 +25,10 @@ class Levels:
             raise ValueError(f"prediction_type={kind!r} is not supported: use one of {', '.join(names)}")
         self.prediction = names[kind]
         if not self.flow:
-            self._log_alpha_bar = scheduler.alphas_cumprod.double().log()
+            alpha_bar = scheduler.alphas_cumprod.double()
+            if alpha_bar[-1] == 0 and kind == "epsilon":
+                raise ValueError("prediction_type='epsilon' with ᾱ = 0 at t = 1: ε tells nothing of x0 there; use v")
+            self._log_alpha_bar = alpha_bar.clamp(min=1e-12).log()  # zero terminal SNR: α is 1e-6
 
     def timestep(self, t: Tensor) -> Tensor:
         """What the network is told (B,): the flow's t · T, or the VP index."""

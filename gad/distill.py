@@ -1,6 +1,7 @@
 """A student from a teacher: the paradigm's losses, GAD beside them, probes over training, the finished folder."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -127,7 +128,9 @@ def distill(
             if accelerator.trackers:
                 shown = cond[:8].to(backbone.device)
                 _show(backbone, student, shown, which.student_steps, step, probes[step], accelerator)
-            probe_file.write_text(json.dumps(probes))
+            part = probe_file.with_suffix(".part")
+            part.write_text(json.dumps(probes))
+            os.replace(part, probe_file)
 
     log = train(
         task, work, steps, run.seed, identity, d.warmup, d.save_every, 10, accelerator, probe, hardware.accumulate,

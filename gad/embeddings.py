@@ -63,7 +63,8 @@ class _Kept:
 
     def _make(self, path, prompts, batch):
         encoder = self.backbone.pipeline.text_encoder.to(self.backbone.device)
-        made = self.anew(prompts, batch)
+        parts = (self.anew(prompts[i:i + batch], batch) for i in range(0, len(prompts), batch))
+        made = Condition.cat([part.to("cpu") for part in parts])  # of many prompts they are larger than networks
         encoder.to("cpu")
         self._tokens(prompts)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,14 @@
 A map is any callable `f(x) -> y` on batches `(B, *dims)`. The paper's response `f(x + h v) − f(x)` is about
 `h J_f v`; here every response is already divided by `h` and losses are means over `m` elements, so the paper's weight
 of a squared norm is `λ_paper = λ / (h² m)`. With `v` Gaussian, `h` is the RMS perturbation *per element* (the released
-code's unit-norm direction is "sphere"). Differences are taken in fp32 at least: maps run with autocast off, since in
-bf16 rounding is nearly as large as a response at the usual `h`.
+code's unit-norm direction is "sphere"). Differences are taken in fp32 at least: maps run without autocast and TF32,
+since in bf16 rounding is nearly as large as a response at the usual `h`. What is trained through them should have TF32
+off in its backward pass too (`torch.backends.cudnn.allow_tf32 = False`), as this pipeline does.
 """
 
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -134,8 +136,19 @@ def _wide(y: Tensor) -> Tensor:
     return y.to(torch.promote_types(y.dtype, torch.float32))
 
 
+@contextmanager
 def _precise(x: Tensor):
-    return torch.autocast(x.device.type, enabled=False)
+    """Neither autocast nor TF32, whose ten bits a GPU's convolutions have in fp32's place unless told otherwise."""
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        with torch.autocast(x.device.type, enabled=False):
+            yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
 
 
 def _check(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

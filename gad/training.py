@@ -306,7 +306,10 @@ def _whole(x):
 def _share(x, like):
     """Of the whole tensor `x`, which every process has, what `like` keeps of it."""
     if not isinstance(like, DTensor):
-        return x
+        if x.shape != like.shape:
+            return x
+        # In the same layout: a fused optimiser walks weights and moments as they lie in memory, channels last or not.
+        return torch.empty_like(like, dtype=x.dtype, requires_grad=False).copy_(x)
     return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -337,11 +340,15 @@ def _save(path, task, key, step, rows, write=True):
             for i, p in enumerate(role.average.shadow_params):
                 tensors[f"{name}/average/{i}"] = p
     # Tied weights share memory, which safetensors refuses: a copy each.
-    tensors = {k: _whole(v.detach()).cpu().contiguous().clone() for k, v in tensors.items()}
+    whole = {}
+    for k, v in tensors.items():  # one after another: of sharded roles all processes must gather, one keeps them
+        made = _whole(v.detach())
+        if write:
+            whole[k] = made.cpu().contiguous().clone()
     if not write:
         return
     part = path.with_suffix(".part")
-    save_file(tensors, part, {"key": key, "step": str(step), "rows": json.dumps(rows)})
+    save_file(whole, part, {"key": key, "step": str(step), "rows": json.dumps(rows)})
     os.replace(part, path)
 
 

@@ -62,6 +62,19 @@ def test_flow_levels():
     assert levels.timestep(t).tolist() == [0.0, 250.0, 1000.0]
 
 
+def test_zero_terminal_snr():
+    """Pure noise at t = 1, where a network that predicts v still says what x0 is."""
+    levels = Levels(DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True))
+    x0, eps = pair(3)
+    t = torch.tensor([1.0, 0.99995, 998 / 999])
+    x_t = levels.add_noise(x0, eps, t)
+    assert torch.isfinite(x_t).all()
+    torch.testing.assert_close(x_t[0], eps[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(levels.x0(levels.target(x0, eps, t), x_t, t), x0, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="ε tells nothing of x0 there"):
+        Levels(DDIMScheduler(rescale_betas_zero_snr=True))
+
+
 def test_times_may_lie_on_another_device(levels):
     """A constant time on the CPU, latents on a GPU, for which "meta" stands here."""
     x = torch.zeros(2, 4, 8, 8, device="meta")

@@ -210,6 +210,24 @@ def test_differences_in_fp32(case, scheme, h):
     assert relative(response(f, x, v, h, scheme), exact) < FP32[scheme, h]
 
 
+def test_tf32_does_not_reach_the_difference():
+    """A GPU's convolutions have it by default: seen from inside a map, which may fail, and as it was afterwards."""
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    before, seen = [k.fp32_precision for k in kinds], set()
+    x = torch.randn(2, 3)
+
+    def f(y):
+        seen.update(k.fp32_precision for k in kinds)
+        return y
+
+    output_loss(f, f, x, x, 0.1)
+    jvp(f, x, x)
+    assert seen == {"ieee"} and [k.fp32_precision for k in kinds] == before
+    with pytest.raises(ZeroDivisionError):
+        response(lambda y: 1 / 0, x, x, 0.1)
+    assert [k.fp32_precision for k in kinds] == before
+
+
 def test_autocast_does_not_reach_the_difference(case):
     _, _, x, v, f, exact = case
     with torch.autocast("cpu", torch.bfloat16):

@@ -113,6 +113,31 @@ def test_a_resumed_run_is_the_same_run(tmp_path, killed, often):
     assert_equal(bits(task), bits(whole))
 
 
+class Images:
+    """A convolution whose weights lie channels last, as the autoencoders' do."""
+
+    def __init__(self):
+        torch.manual_seed(7)
+        net = torch.nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        self.roles = {"student": Role(net, 1e-2, ema=0.9)}
+
+    def losses(self, step, generator):
+        x = torch.randn(4, 3, 8, 8, generator=generator)
+        return {"student": (self.roles["student"].module(x) - x.mean()).square().mean()}
+
+
+def test_moments_lie_as_their_weights_do(tmp_path):
+    """Fused AdamW walks memory: laid out otherwise, elements would meet others' moments."""
+    whole, part = Images(), Images()
+    run(tmp_path / "whole", whole)
+    with pytest.raises(Killed):
+        run(tmp_path / "part", Images(), on_step=kill_at(7))
+    run(tmp_path / "part", part)
+    assert_equal(bits(part), bits(whole))
+    role = part.roles["student"]
+    assert {v.stride() for v in role.state_of(role.params[0]).values() if v.ndim == 4} == {role.params[0].stride()}
+
+
 def test_a_finished_run_is_left_alone(tmp_path):
     first = Regression()
     log = run(tmp_path, first).read_bytes()

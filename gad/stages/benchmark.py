@@ -112,7 +112,8 @@ def benchmark(
         data = model and _data(model, which, 4 * max(batch, pairs), p.seeds.world)
         if model:
             steps = which.teacher_steps
-            targets.append({"backbone": name, "steps": steps} | _targets(model, which, data, batch))
+            found = _targets(model, which, data, batch, p.hardware.tangents)
+            targets.append({"backbone": name, "steps": steps} | found)
         for paradigm in paradigms:
             row = {"backbone": name, "paradigm": paradigm, "batch": batch, "pairs": pairs}
             row["parameters"] = model and sum(x.numel() for x in model.network.parameters())
@@ -188,8 +189,9 @@ def _data(model, which, n, seed) -> tuple[Tangents, Samples]:
     return Tangents(states, responses, cond), Samples(states[:, 0], states[:, -1], cond)
 
 
-def _targets(model, which, data, batch) -> dict:
-    """Seconds for a sample of the teacher, and for one of its paths with tangents; None where memory runs out."""
+def _targets(model, which, data, batch, size) -> dict:
+    """Seconds for a sample of the teacher, and for one of its paths with tangents, of which at most `size` are computed
+    at once; None where memory runs out."""
     at, times = data[0][slice(0, batch)], model.times(which.student_steps)
 
     @torch.no_grad()
@@ -199,7 +201,7 @@ def _targets(model, which, data, batch) -> dict:
     def path():
         geometry.tangents(
             lambda c: lambda z: model.path(model.network, z, c, which.teacher_steps, which.cfg, times),
-            at.z, at.v, at.cond, batch, model.name,
+            at.z, at.v, at.cond, min(batch, size), model.name,
         )
 
     def seconds(run):

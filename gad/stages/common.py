@@ -34,6 +34,8 @@ def prepare(p: Params, precision: str = "no", track: str | None = None) -> Accel
         cpu=not torch.cuda.is_available(), mixed_precision=precision, log_with=track, project_dir=paths.tracking(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # others wait while one encodes prompts
     )
+    for kind in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+        kind.fp32_precision = "ieee"  # TF32 would leave finite differences little but rounding
     if made.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"distributed_type={made.distributed_type.value}: accelerate prepares one trained network so, and here "

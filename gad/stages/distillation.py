@@ -1,11 +1,13 @@
 """A student from a teacher."""
 
+import hashlib
+import inspect
 import shutil
 
+from .. import diffusion, geometry, paths, training
 from .. import distill as students
-from .. import paths
 from ..backbones import load, with_lora
-from ..paradigms import PARADIGMS
+from ..paradigms import PARADIGMS, base, forms
 from ..params import Params, Run
 from ..tangents import Samples, Tangents
 from ..worlds import world_of
@@ -43,9 +45,16 @@ def student(run: Run, p: Params, folder, work, accelerator):
         "run": list(run), "distill": p.distill.identity, "paradigm": p.settings(run.paradigm, run.variant),
         "backbone": p.backbones[run.backbone].model_dump(), "teacher": train.x0.double().sum().item(),
         "gad": term.model_dump() if term else None, "steps": p.steps(run.paradigm, run.variant),
+        "code": _code(training, students, geometry, diffusion, base, forms, *map(inspect.getmodule, (
+            type(backbone).__base__, type(backbone), PARADIGMS[run.paradigm]))),
     } | ({"samples": samples.x0.double().sum().item()} if paired else {})
     made = students.distill(run, p, backbone, cond, train, test, samples, folder, work, accelerator, config)
     return made, backbone
+
+
+def _code(*modules) -> str:
+    """A hash of their source: an interrupted run does not go on under another objective."""
+    return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
 
 
 def publish(run: Run, p: Params) -> dict:
