@@ -97,12 +97,31 @@ def test_half_precision_leaves_little_of_a_small_difference(toy):
 
 
 @pytest.mark.slow
-def test_ten_lines_run_and_take_geometry_alone():
+def _teacher_is_there():
     if not (ROOT / "data/teachers/sd2/model_index.json").is_file():
         if "teacher@sd2" not in yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]:
             pytest.skip("needs the miniature SD2, which dvc.lock has not")
         pull = [sys.executable, "-m", "dvc", "--wait-for-lock", "pull", "data/teachers/sd2"]  # no more: see .ci/run
         subprocess.run(pull, cwd=ROOT, check=True, env=os.environ | {"DVC_NO_ANALYTICS": "1"})
+
+
+@pytest.mark.slow
+def test_ten_lines_do_what_their_notebook_says():
+    """As it stands: the base loss costs tangents and values, GAD gives part of both back, at the same base loss."""
+    _teacher_is_there()
+    facts = """{
+        "rows": [[row["JVP cosine"], row["value error"]] for row in rows.values()],
+        "losses": [log["base loss"].tail(20).mean() for log in (log_without, log_with)],
+    }"""
+    found = run("gad_in_ten_lines", STUDY, facts)
+    (cos, value), (cos_base, value_base), (cos_gad, value_gad) = found["rows"]
+    assert cos - cos_base > 0.03 and cos_gad - cos_base > 0.5 * (cos - cos_base)
+    assert value_base - value > 0.1 and value_base - value_gad > 0.3 * (value_base - value)
+    assert found["losses"][1] == pytest.approx(found["losses"][0], rel=0.1)
+
+
+def test_ten_lines_run_and_take_geometry_alone():
+    _teacher_is_there()
     facts = """{
         "modules": sorted(m for m in sys.modules if m.startswith("gad.")),
         "logs": [log.values.tolist() for log in (log_without, log_with)],
