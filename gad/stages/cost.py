@@ -37,8 +37,8 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
     """Time every paradigm's step without GAD, with it, with it at each 4th step (`gad.every`) and with `controls.map`
     where there is one, on `backbone`; a row each, kept in reports/cost.csv. A block is as many steps as a cycle of all
     that takes turns is long."""
-    if blocks < 2:
-        raise ValueError(f"blocks={blocks} is too few: an interval needs 2 or more")
+    if blocks < 1:
+        raise ValueError(f"blocks={blocks} is too few: give 1 or more, of which an interval needs several")
     accelerator = prepare(p, p.distill.precision)
     model = placed(accelerator.device, backbone, p)
     which, endpoints = p.backbones[backbone], paths.endpoints(backbone)
