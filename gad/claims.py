@@ -35,9 +35,13 @@ class Claim:
     only: bool = False  # it is claimed of that one alone
     all: bool = False  # as a whole it needs every row: a control that does as well does without tangents
 
+    def rule(self, p: Params) -> tuple[float, float]:
+        """`margin` and `level` as numbers."""
+        return tuple(getattr(p.report, key) if key else 0.0 for key in (self.margin, self.level))
+
     def edges(self, p: Params) -> list[float]:
         """Where the claimed side begins; of "nothing", either end of what still counts as that."""
-        margin, level = (getattr(p.report, key) if key else 0.0 for key in (self.margin, self.level))
+        margin, level = self.rule(p)
         return [level - self.sign * margin] if self.sign else [-margin, margin]
 
 
@@ -148,7 +152,7 @@ def judge(p: Params, results: dict[str, pd.DataFrame]) -> pd.DataFrame:
     for claim in CLAIMS:
         found, of = results[claim.table], claim.variant if claim.against else "base"
         found = found[claim.rows(found)]
-        margin, level = (getattr(p.report, key) if key else 0.0 for key in (claim.margin, claim.level))
+        margin, level = claim.rule(p)
         for where in dict.fromkeys((r.backbone, r.paradigm) for r in runs if r.variant == of):
             if claim.only and where != claim.own:
                 continue

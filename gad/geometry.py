@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Map = Callable[[Tensor], Tensor]
+TF32 = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # what may have it for fp32
 
 
 def direction(x: Tensor, kind: str = "gaussian", generator: torch.Generator | None = None) -> Tensor:
@@ -139,15 +140,14 @@ def _wide(y: Tensor) -> Tensor:
 @contextmanager
 def _precise(x: Tensor):
     """Neither autocast nor TF32, whose ten bits a GPU's convolutions have in fp32's place unless told otherwise."""
-    kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
-    before = [kind.fp32_precision for kind in kinds]
+    before = [kind.fp32_precision for kind in TF32]
     try:
-        for kind in kinds:
+        for kind in TF32:
             kind.fp32_precision = "ieee"
         with torch.autocast(x.device.type, enabled=False):
             yield
     finally:
-        for kind, precision in zip(kinds, before, strict=True):
+        for kind, precision in zip(TF32, before, strict=True):
             kind.fp32_precision = precision
 
 

@@ -37,11 +37,7 @@ def load(name_or_path: str | Path, params=None, revision: str | None = None) -> 
     else:
         path = name_or_path
     class_name = _class_of(path, options.get("revision"))
-    if family is None:
-        known = {cls.pipeline_class.__name__: name for name, cls in BACKBONES.items()}
-        if class_name not in known:
-            raise ValueError(f"{path} is a {class_name}: there are backbones for {', '.join(known)}")
-        family = known[class_name]
+    family = family or _family_of(class_name, path)
     cls = BACKBONES[family]
     if class_name != cls.pipeline_class.__name__:
         raise ValueError(f"{path} is a {class_name}: backbone {family!r} needs a {cls.pipeline_class.__name__}")
@@ -57,10 +53,7 @@ def load(name_or_path: str | Path, params=None, revision: str | None = None) -> 
 def load_network(folder: Path) -> nn.Module:
     """The network of a pipeline folder and nothing else of it, in fp32: T5 or Gemma stay on disk. ValueError as of
     `load`."""
-    name, known = _class_of(folder), {cls.pipeline_class.__name__: cls for cls in BACKBONES.values()}
-    if name not in known:
-        raise ValueError(f"{folder} is a {name}: there are backbones for {', '.join(known)}")
-    part = known[name].part
+    part = BACKBONES[_family_of(_class_of(folder), folder)].part
     kind = getattr(diffusers, json.loads((folder / "model_index.json").read_text())[part][1])
     try:
         network = kind.from_pretrained(folder, subfolder=part, use_safetensors=True, local_files_only=True)
@@ -101,6 +94,13 @@ def _class_of(path: Path | str, revision: str | None = None) -> str:
         return diffusers.DiffusionPipeline.load_config(str(path), revision=revision)["_class_name"]
     except (OSError, ValueError, KeyError) as error:
         raise _unloadable(path, "pipeline", error) from None
+
+
+def _family_of(class_name: str, path) -> str:
+    known = {cls.pipeline_class.__name__: name for name, cls in BACKBONES.items()}
+    if class_name not in known:
+        raise ValueError(f"{path} is a {class_name}: there are backbones for {', '.join(known)}")
+    return known[class_name]
 
 
 def _unloadable(path, kind: str, error: Exception) -> ValueError:

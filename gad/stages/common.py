@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-from .. import paths
+from .. import geometry, paths
 from ..backbones import Backbone, load
 from ..embeddings import keep
 from ..params import Params
@@ -34,7 +34,7 @@ def prepare(p: Params, precision: str = "no", track: str | None = None) -> Accel
         cpu=not torch.cuda.is_available(), mixed_precision=precision, log_with=track, project_dir=paths.tracking(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # others wait while one encodes prompts
     )
-    for kind in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+    for kind in geometry.TF32:
         kind.fp32_precision = "ieee"  # TF32 would leave finite differences little but rounding
     if made.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
