@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         known = {
             "kind": p.autoencoder, "backbone": p.backbones, "variant": p.variants,
             "paradigm": p.paradigms if args.command in ("distill", "trial") else p.names,
+        } if args.command != "publish" else {
+            "paradigm": [entry.paradigm for entry in p.published.values()],
         }
         if args.command == "benchmark":
             from . import stages
@@ -59,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         for name, choices in known.items():
             if getattr(args, name, None) not in (None, *choices):
-                raise ParamsError(f"{name}={getattr(args, name)!r} is unknown: there are {', '.join(choices)}")
+                there = ", ".join(choices) or "none in params.yaml's published section"
+                raise ParamsError(f"{name}={getattr(args, name)!r} is unknown: there are {there}")
         if "paradigm" in args:
             key = (Run(args.backbone, args.paradigm, getattr(args, "variant", "base"), getattr(args, "seed", 0)),)
         else:
@@ -71,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         }.get(args.command, tuple)()
         if told := getattr(stages, args.command)(*key, p, *further):  # nothing of a process beside the main one
             print(json.dumps(told, indent=2))
-    except (ParamsError, ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"gad: {error}", file=sys.stderr)
         return 1
     return 0

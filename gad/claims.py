@@ -2,11 +2,11 @@
 
 A claim is about a difference, GAD minus base or minus a control, on the same prompts and noises, or about a student
 without GAD. For one student it is *reproduced* where the whole 95 % interval is on its side, *not reproduced* where
-none of it is, else *undecided*. Its side begins at zero; where the paper says that nothing is lost, `report.loss` or
-`report.clip` below it; where it speaks of a level, at that level (`report.match`). That nothing happens is reproduced
-where the whole interval is within `report.shift` of zero. As a whole a claim is *reproduced* where more than
-`report.most` of its students reproduce it and none contradicts it, *not reproduced* the other way round, else *mixed*
-where there are both, and *undecided* where neither is so.
+none of it is, else *undecided*. Its side begins at zero; where the paper says that nothing is lost, `report.loss`,
+`report.pickscore` or `report.clip` below it; where it speaks of a level, at that level (`report.match`). That nothing
+happens is reproduced where the whole interval is within `report.shift` of zero. As a whole a claim is *reproduced*
+where more than `report.most` of its students reproduce it and none contradicts it, *not reproduced* the other way
+round, else *mixed* where there are both, and *undecided* where neither is so.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ import pandas as pd
 from . import paths
 from .params import Params, Run
 from .tables import cell, label, minus
+from .tables.common import worlds
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ CLAIMS = (
           _metric("scene accuracy"), 1, "loss"),
     Claim("Quality is not lost (scene accuracy of Table 1: other prompts, a fifth of the images)",
           "PickScore not lower", "table1", _tangents("scene"), 1, "loss"),
+    Claim("Quality is not lost (PickScore)", "PickScore not lower", "table3", _metric("PickScore"), 1, "pickscore"),
     Claim("Quality is not lost (CLIP)", "CLIP not lower", "table3", _metric("CLIP"), 1, "clip"),
     Claim("Quality: CLIP is higher with GAD for SiD on SANA", "0.3275 → 0.3440", "table3", _metric("CLIP"), 1, own=SANA,
           only=True),
@@ -174,19 +176,22 @@ def judge(p: Params, results: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 def write(p: Params, results: dict[str, pd.DataFrame]):
     """reports/claims.md, and the verdicts of each table's claims at the end of its page."""
-    found, r = judge(p, results), p.report
+    found, r, there = judge(p, results), p.report, worlds(p)
+    none = {"coco": f"{r.pickscore:g} of PickScore (`report.pickscore`)", "mini": f"{r.loss:g} of scene accuracy "
+            "(`report.loss`)"}
     text = [
-        "# The paper's claims, in miniature",
+        "# The paper's claims" + (", in miniature" if there == {"mini"} else ""),
         "GAD minus base, or minus what stands in brackets, or a student without GAD, on the same test prompts and "
         "noises, with 95 % bootstrap intervals over prompts; one row a student. *Reproduced*: the whole interval is "
         "on the claimed side of zero; *not reproduced*: none of it; else *undecided*. Where nothing is claimed to be "
-        f"lost, up to {r.loss:g} of scene accuracy (`report.loss`) and {r.clip:g} of CLIP (`report.clip`) count as "
+        f"lost, up to {', '.join(none[w] for w in sorted(there))} and {r.clip:g} of CLIP (`report.clip`) count as "
         f"none; that a noise is of no use needs a shift within {r.shift:g} of zero (`report.shift`); values or "
         f"tangents match where their relative squared error, the median over noises, is below {r.match:g} "
         f"(`report.match`). A claim as a whole is reproduced where more than {r.most:g} of its students "
         "(`report.most`) reproduce it and none contradicts it, and the other way round; *mixed*: some do, others "
-        "contradict it; that of controls needs every one. A miniature can support a claim about the method; it "
-        "cannot refute one about the paper's models.",
+        "contradict it; that of controls needs every one."
+        + (" A miniature can support a claim about the method; it cannot refute one about the paper's models."
+           if "mini" in there else ""),
         f"Of {p.seeds.told}: no interval here has the variance of training in it. Nor are they corrected for their "
         "number: of twenty true zeros one looks like a difference. The rules were written as results came in, not "
         "registered before them.",

@@ -53,6 +53,25 @@ class Distillation:
         return out
 
 
+def shareable(run: Run, p: Params, processes: int):
+    """ValueError where a step of `run` cannot be shared out among as many processes, before any work."""
+    parts = processes * p.hardware.accumulate
+    gad, shared = p.term(run.variant), {"distill.batch": p.distill.batch}
+    if gad:
+        shared["gad.pairs" if run.variant == "gad" else f"controls.{run.variant}.pairs"] = gad.pairs
+    for key, value in shared.items():
+        if value % parts:
+            raise ValueError(
+                f"{key}={value} cannot be shared by {processes} process(es) in hardware.accumulate="
+                f"{p.hardware.accumulate} part(s) each: make it a multiple of {parts}"
+            )
+    if gad and gad.form in ("rkd", "similarity", "unrelated") and parts > 1:
+        raise ValueError(
+            f"controls.{run.variant}: `{gad.form}` is of all samples of a step, which {parts} parts do not see: use "
+            "one process and hardware.accumulate=1"
+        )
+
+
 def distill(
     run: Run,
     p: Params,
@@ -71,22 +90,7 @@ def distill(
     `cond`: the pool of training prompts; `teacher`: what GAD's output forms learn from; `test`: those the
     probes look at; `samples`: the teacher's, for a paradigm that is `paired`.
     """
-    which, d, hardware = p.backbones[run.backbone], p.distill, p.hardware
-    parts = accelerator.num_processes * hardware.accumulate
-    gad, shared = p.term(run.variant), {"distill.batch": d.batch}
-    if gad:
-        shared["gad.pairs" if run.variant == "gad" else f"controls.{run.variant}.pairs"] = gad.pairs
-    for key, value in shared.items():
-        if value % parts:
-            raise ValueError(
-                f"{key}={value} cannot be shared by {accelerator.num_processes} process(es) in hardware.accumulate="
-                f"{hardware.accumulate} part(s) each: make it a multiple of {parts}"
-            )
-    if gad and gad.form in ("rkd", "similarity", "unrelated") and parts > 1:
-        raise ValueError(
-            f"controls.{run.variant}: `{gad.form}` is of all samples of a step, which {parts} parts do not see: use "
-            "one process and hardware.accumulate=1"
-        )
+    which, d, hardware, gad = p.backbones[run.backbone], p.distill, p.hardware, p.term(run.variant)
     small = backbone.levels.alpha_sigma(torch.ones(1))[0].item()
     if accelerator.mixed_precision != "no" and small < 0.02 and not backbone.levels.flow:
         print(
@@ -119,15 +123,18 @@ def distill(
         student.load_state_dict(weights)
         return student
 
+    def seen(step, student):
+        probes[step] = look(backbone, student, test, which.student_steps, hardware.tangents)
+        if accelerator.trackers:
+            shown = cond[:8].to(backbone.device)
+            _show(backbone, student, shown, which.student_steps, step, probes[step], accelerator)
+
     def probe(step):
         if step % every == 0 and (step not in probes or hardware.shard):
             student = averaged()
             if student is None or step in probes:
                 return
-            probes[step] = look(backbone, student, test, which.student_steps, hardware.tangents)
-            if accelerator.trackers:
-                shown = cond[:8].to(backbone.device)
-                _show(backbone, student, shown, which.student_steps, step, probes[step], accelerator)
+            seen(step, student)
             part = probe_file.with_suffix(".part")
             part.write_text(json.dumps(probes))
             os.replace(part, probe_file)
@@ -139,7 +146,7 @@ def distill(
     student = averaged()
     if student is None:
         return None
-    probes[steps] = look(backbone, student, test, which.student_steps, hardware.tangents)
+    seen(steps, student)
     save_student(run, p, backbone, student, folder)
     rows = [{"step": k, **probes[k]} for k in sorted(probes)]
     return pd.read_csv(log), pd.DataFrame(rows)
@@ -213,13 +220,13 @@ The image is a function of the prompt and the initial noise alone. `gad.json` ho
 
 def save_student(run: Run, p: Params, backbone: Backbone, student, folder: Path):
     """The student as a pipeline folder of plain diffusers, with a model card and gad.json."""
-    which = p.backbones[run.backbone]
+    which, steps = p.backbones[run.backbone], p.student_steps(run)
     pipeline = backbone.pipeline
     teacher, scheduler = backbone.network, pipeline.scheduler
     shutil.rmtree(folder, ignore_errors=True)
     try:
         pipeline.register_modules(
-            **{backbone.part: student.to("cpu")}, scheduler=backbone.scheduler(which.student_steps)
+            **{backbone.part: student.to("cpu")}, scheduler=backbone.scheduler(steps)
         )
         for part in (pipeline, *pipeline.components.values()):
             if hasattr(part, "register_to_config"):
@@ -231,7 +238,7 @@ def save_student(run: Run, p: Params, backbone: Backbone, student, folder: Path)
     published = p.published.get(str(run))
     info = {
         "backbone": run.backbone, "paradigm": run.paradigm, "variant": run.variant, "seed": run.seed,
-        "steps": which.student_steps, "guidance_scale": 1.0,
+        "steps": steps, "guidance_scale": 1.0,
         "gad": gad.model_dump() if gad else None,
         "training": {"published": published.model_dump()} if published else {
             "distill": p.distill.identity | {"steps": p.steps(run.paradigm, run.variant)},
@@ -242,15 +249,15 @@ def save_student(run: Run, p: Params, backbone: Backbone, student, folder: Path)
     term = "GAD" if run.variant == "gad" else f"the control `{run.variant}`"
     how = f"with {term} ({gad.form} form, h = {gad.h}, λ = {gad.lam})" if gad else "without GAD"
     name = run.paradigm.upper()
-    what = f"A {which.student_steps}-step student of `{run.backbone}` by {name}, {how}, seed {run.seed}."
+    what = f"A {steps}-step student of `{run.backbone}` by {name}, {how}, seed {run.seed}."
     source = which.path
     if published:
         source = published.path or published.lora
         named = source if published.path else f"the LoRA {source}"
-        what = f"Published: the network of {named}, to be sampled in {which.student_steps} steps."
+        what = f"Published: the network of {named}, to be sampled in {steps} step{'s' if steps > 1 else ''}."
     mini = which.world == "mini"
     card = CARD.format(
-        run=run, what=what, steps=which.student_steps, extra=backbone.call_hint if mini else "",
+        run=run, what=what, steps=steps, extra=backbone.call_hint if mini else "",
         terms="license: mit" if mini else f"base_model: {source}",  # whose licence is the student's too
         prompt="a red circle and a blue square" if mini else "a photograph of an astronaut riding a horse",
         scale="It draws a miniature world of 64 × 64 scenes; it is no model of photographs." if mini else "",

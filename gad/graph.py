@@ -67,13 +67,28 @@ def reproduce(jobs: int = 2, fresh: str | None = None):
     print("everything is up to date")
 
 
-def into_readme(begin="<!-- summary -->\n", end="<!-- /summary -->"):
-    """The README shows the tables' summary as it is made, never typed in."""
-    path, table = ROOT / "README.md", paths.TABLES / "summary.md"
+def for_readme() -> dict[str, str]:
+    """By name: what the README shows of the report."""
+    made = {}
+    for name, path, part in (
+        ("summary", paths.TABLES / "summary.md", r"(.*)"), ("claims", paths.REPORTS / "claims.md", r"\n(\|.*?\n)\n"),
+    ):
+        if path.exists() and (found := re.search(part, path.read_text(), re.S)):
+            made[name] = found[1]
+    return made
+
+
+def into_readme():
+    """The README shows the tables' summary and the claims' verdicts as they are made, never typed in."""
+    path = ROOT / "README.md"
     text = path.read_text() if path.exists() else ""
-    if begin in text and table.exists():
-        head, rest = text.split(begin)
-        path.write_text(head + begin + table.read_text() + end + rest.split(end)[1])
+    for name, made in for_readme().items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if begin in text:
+            head, rest = text.split(begin)
+            text = head + begin + made + end + rest.split(end)[1]
+    if text:
+        path.write_text(text)
 
 
 # What must run
@@ -126,22 +141,25 @@ def _status() -> tuple[set[str], set[str], set[str], set[str]]:
 
 def _forced(fresh, parents, p) -> set[str]:
     """Stages to run although unchanged: those of `fresh`, or those an interrupted run still owes."""
-    if PENDING.exists():
-        print(f"going on with the fresh run that was interrupted (rm {PENDING.relative_to(ROOT)} forgets it)")
-        return set(PENDING.read_text().split()) & set(parents)
+    begun, *owed = PENDING.read_text().split() if PENDING.exists() else (None,)
+    if begun and (begun == "all" or fresh != "all"):
+        print(f"going on with FRESH={begun}, which was interrupted (rm {PENDING.relative_to(ROOT)} forgets it)")
+        return set(owed) & set(parents)
     forced = {s for s in parents if _group(s) in FRESH[fresh]}
     if fresh:  # training must not go on from what an earlier run left
         for found in PENDING.parent.glob("*"):
             if fresh == "all" or any(str(run) in found.name for run in p.runs()):
                 shutil.rmtree(found, ignore_errors=True)
-    _owe(forced)
+    _owe(forced, fresh)
     return forced
 
 
-def _owe(stages):
+def _owe(stages, fresh=None):
+    """`fresh`: what the run was asked for, where it begins."""
     if stages:
+        fresh = fresh or PENDING.read_text().split()[0]
         PENDING.parent.mkdir(parents=True, exist_ok=True)
-        PENDING.write_text("\n".join(sorted(stages)) + "\n")
+        PENDING.write_text("\n".join([fresh, *sorted(stages)]) + "\n")
     else:
         PENDING.unlink(missing_ok=True)
 

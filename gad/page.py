@@ -46,7 +46,7 @@ FIGURES = {  # alternative text, caption
     "figure2": ("Curves of value errors and JVP cosines over noise level and over training, a row a backbone.",
                 "Values and tangents: of the local map over noise levels, with intervals; of noise to image over "
                 "training, of few noises, where Table 1 has many; upright lines at the end are the finished students' "
-                "intervals, where they were kept. Line with its interval: the teacher at another guidance scale."),
+                "intervals. Line with its interval: the teacher at another guidance scale."),
     "figure5": ("Points of two Vendi scores, of features and of places, against CLIP, a column a backbone, with arrows "
                 "from without to with GAD.",
                 "Diversity against fidelity; an arrow leads from a student without GAD to the one with it. Above, by "

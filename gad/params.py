@@ -11,9 +11,11 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeInt,
     PositiveInt,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -73,12 +75,25 @@ class Base(_Section):
     lam: Annotated[float, Field(ge=0, le=0)]
 
 
-class Control(Gad):
-    """What a further variant does in GAD's place. `longer`: its training steps, and `rate`: its student's learning
-    rate, in units of the others'."""
+class Plain(Base):
+    """A further variant without a term. `longer`: its training steps, and `rate`: its student's learning rate, in
+    units of the others'."""
 
     longer: Positive = 1.0
     rate: Positive = 1.0
+
+
+class Control(Gad):
+    """What a further variant does in GAD's place, with `longer` and `rate` as in `Plain`."""
+
+    longer: Positive = 1.0
+    rate: Positive = 1.0
+
+
+def _kind(control) -> str:
+    """The tag of its model, by what it says."""
+    said = control.__dict__ if isinstance(control, BaseModel) else control
+    return "(term)" if isinstance(said, dict) and (said.get("form") or said.get("lam")) else "(plain)"
 
 
 class Block(_Section):
@@ -140,6 +155,7 @@ class Published(_Section):
     lora: str | None = None
     file: str | None = None
     revision: str | None = None
+    steps: PositiveInt | None = None  # it is sampled in; null: the backbone's student_steps
 
     @model_validator(mode="after")
     def _one(self):
@@ -294,6 +310,7 @@ class Report(_Section):
     bootstrap: PositiveInt
     loss: NonNegative
     clip: NonNegative
+    pickscore: NonNegative
     shift: NonNegative
     match: Positive
     most: Annotated[float, Field(ge=0.5, lt=1)]
@@ -304,7 +321,10 @@ class Params(_Section):
     seeds: Seeds
     gad: Gad
     base: Base
-    controls: dict[str, Control]
+    controls: dict[str, Annotated[
+        Annotated[Control, Tag("(term)")] | Annotated[Plain, Tag("(plain)")],
+        Discriminator(_kind),
+    ]]
     grid: Grid
     further: Further
     published: dict[str, Published] = {}
@@ -408,6 +428,11 @@ class Params(_Section):
         steps = self.paradigms[paradigm].get("steps", self.distill.steps)
         return round(steps * (control.longer if control else 1))
 
+    def student_steps(self, run: "Run") -> int:
+        """Sampling steps of a student: a published checkpoint may have its own."""
+        entry = self.published.get(str(run))
+        return (entry and entry.steps) or self.backbones[run.backbone].student_steps
+
     def settings(self, paradigm: str, variant: str) -> dict:
         """The paradigm's, as `variant` is trained by them."""
         control, own = self.controls.get(variant), self.paradigms[paradigm]
@@ -459,6 +484,8 @@ def load(path: Path | str = ROOT / "params.yaml", **overrides) -> Params:
         data = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise ParamsError(f"{path} does not exist: run from the repository, or give --params") from None
+    except OSError as error:
+        raise ParamsError(f"{path} cannot be read: {error.strerror}; give a file as --params") from None
     except yaml.YAMLError as error:
         raise ParamsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     for key, value in overrides.items():
@@ -466,7 +493,7 @@ def load(path: Path | str = ROOT / "params.yaml", **overrides) -> Params:
         section = data
         for parent in parents:
             section = section.get(parent) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or leaf not in section:
+        if not isinstance(section, dict) or (leaf not in section and not parents):
             raise ParamsError(f"{key}={value!r}: there is no such key in {Path(path).name}")
         section[leaf] = value
     return validate(data, Path(path).name)
@@ -478,7 +505,7 @@ def validate(data: dict, where: str = "params.yaml") -> Params:
     except ValidationError as error:
         lines = []
         for e in error.errors():
-            key = ".".join(map(str, e["loc"])) or "params"
+            key = ".".join(k for k in map(str, e["loc"]) if k not in ("(term)", "(plain)")) or "params"
             value = e["input"]
             if e["type"] == "value_error":
                 text = str(e["ctx"]["error"])

@@ -98,10 +98,9 @@ def figure2(p: Params):
             probes = pd.read_csv(paths.probe(run))
             for ax, key in zip(row[2:], ("error", "cos"), strict=True):
                 ax.plot(probes["step"], probes[key], marker="o", ls=lines[run.paradigm], ms=3, color=colour, label=name)
-                if f"{key}_low" in probes:  # of the finished student alone, side by side: bands would hide each other
-                    last = probes.iloc[-1]
-                    at = last["step"] * (1.03 + 0.03 * number)
-                    ax.vlines(at, last[f"{key}_low"], last[f"{key}_high"], color=colour, ls=lines[run.paradigm], lw=1.2)
+                last = probes.iloc[-1]  # intervals of the finished student alone: bands would hide each other
+                at = last["step"] * (1.03 + 0.03 * number)
+                ax.vlines(at, last[f"{key}_low"], last[f"{key}_high"], color=colour, ls=lines[run.paradigm], lw=1.2)
         floors = tables.read(paths.diagnosis(backbone) / "floors.json")
         for ax, key in zip(row[2:], ("value", "cos"), strict=True):
             _across(ax, _interval(p, floors["teacher, CFG + 1"][key], key), "teacher, guidance scale + 1")

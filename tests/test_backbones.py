@@ -7,10 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import build
+from conftest import build, perturb
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 
 from gad.backbones import BACKBONES, Condition
+from gad.backbones.base import _Capture
 from gad.world import scenes
 
 
@@ -159,6 +162,10 @@ def test_times_fall_from_one(backbone):
         assert times[0] == 1 and (times.diff() < 0).all() and times[-2] > 0 >= times[-1]
 
 
+def test_the_last_step_of_a_flow_begins_where_trailing_times_would(mini):
+    assert mini("sana").times(4)[-2].item() == pytest.approx(3 * 0.25 / (1 + 2 * 0.25), abs=1e-5)
+
+
 @torch.no_grad()
 def test_a_saved_pipeline_is_loaded_with_the_same_bits(backbone, prompts, z, tmp_path):
     backbone.pipeline.save_pretrained(tmp_path)
@@ -239,6 +246,17 @@ def test_guidance(backbone, cond, z):
 
 
 @torch.no_grad()
+def test_guidance_under_autocast_is_in_fp32(backbone, cond, z, monkeypatch):
+    answers, raw = [], backbone.raw
+    monkeypatch.setattr(backbone, "raw", lambda *a: answers.append(raw(*a)) or answers[-1])
+    with torch.autocast("cpu", torch.bfloat16):
+        guided = backbone.output(backbone.network, z, torch.tensor([0.3, 0.8]), cond, 4.5)
+    assert answers[0].dtype == torch.bfloat16 and guided.dtype == torch.float32
+    uncond, text = answers[0].float().chunk(2)
+    assert torch.equal(guided, uncond + 4.5 * (text - uncond))
+
+
+@torch.no_grad()
 def test_conversions_agree_with_the_levels(backbone, cond, z):
     network, t = backbone.network, torch.tensor([0.3, 0.8])
     x0, eps = backbone.both(network, z, t, cond, 3.0)
@@ -299,6 +317,27 @@ def test_features(backbone, cond, z):
     assert not any(m._forward_hooks for m in backbone.network.modules())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name, names", [
+    ("sd2", ("down_blocks.1", "mid_block", "up_blocks.0")),
+    *((name, [f"transformer_blocks.{k}" for k in (1, 2, 3)]) for name in ("pixart", "sana")),  # of five
+])
+def test_features_are_of_blocks_at_each_quarter(mini, prompts, name, names):
+    backbone, outputs = mini(name), []
+    cond, z = backbone.encode(prompts), backbone.noise(len(prompts), 0)
+
+    def keep(module, inputs, output):
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [backbone.network.get_submodule(name).register_forward_hook(keep) for name in names]
+    try:
+        features = backbone.features(backbone.network, z, torch.full((len(z),), 0.3), cond)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(features) == len(outputs) == 3 and all(map(torch.equal, features, outputs))
+
+
 def test_attention_maps(backbone, cond, z):
     network, t = backbone.network, torch.tensor([0.3, 0.8])
     modules = backbone.cross_attentions(network)
@@ -336,6 +375,21 @@ def test_capturing_attention_changes_nothing(backbone, cond, z):
     assert_same(seen[1], seen[0], 1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("norm, processor", [
+    ("rms_norm_across_heads", SanaAttnProcessor2_0()), ("layer_norm", AttnProcessor2_0()), (None, AttnProcessor2_0()),
+])
+def test_captured_attention_is_of_normed_queries_and_keys(norm, processor):
+    """Some checkpoints of SANA's kind have norms, over all heads together; others over each."""
+    attn = Attention(8, 6, heads=2, kv_heads=2, dim_head=4, qk_norm=norm, processor=processor)
+    perturb(attn)
+    x, context, maps = torch.randn(3, 9, 8), torch.randn(3, 5, 6), []
+    expected = attn(x, context)
+    attn.set_processor(_Capture(maps, torch.arange(5).expand(3, 5)))
+    assert_same(attn(x, context), expected, 1e-6)
+    torch.testing.assert_close(maps[0].sum(1), torch.ones(3, 9))
+
+
 def test_what_is_frozen_and_what_is_said(backbone):
     pipeline = backbone.pipeline
     for module in (pipeline.vae, pipeline.text_encoder, backbone.network):
@@ -360,6 +414,15 @@ def test_each_word_is_one_token(backbone):
         assert tokenizer.unk_token_id not in ids
         assert len(set(ids)) == len(set(tokens))
     assert words == set(scenes.WORDS)
+
+
+def test_untrained_text_encoders_read_whose_colour_is_whose(backbone):
+    prompts = ["a red circle and a blue square", "a blue circle and a red square"]
+    tokenizer = backbone.pipeline.tokenizer
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(prompts[0]).input_ids)
+    at = next(i for i, t in enumerate(tokens) if "circle" in t)
+    one, other = backbone.encode(prompts).embeds[:, at]
+    assert (one - other).norm() > 0.2 * one.norm()  # T5 without a head that sees the word before: 0.03
 
 
 def test_the_longest_caption_is_not_cut(backbone):

@@ -197,6 +197,16 @@ def test_a_published_pipeline_becomes_a_student(mini, tmp_path, monkeypatch):
     assert "Published" in (paths.student(run) / "README.md").read_text()
 
 
+def test_a_published_pipeline_of_one_step_is_sampled_in_one(mini, tmp_path, monkeypatch):
+    build("sd2").pipeline.save_pretrained(tmp_path / "theirs")
+    p = published(tmp_path, monkeypatch, mini, path=str(tmp_path / "theirs"), steps=1)
+    run, own = Run("sd2", "own", "base", 0), Run("sd2", "tdm", "base", 0)
+    stages.publish(run, p)
+    assert (p.student_steps(run), p.student_steps(own)) == (1, p.backbones["sd2"].student_steps)
+    info = json.loads((paths.student(run) / "gad.json").read_text())
+    assert info["steps"] == 1 and "in 1 step." in (paths.student(run) / "README.md").read_text()
+
+
 def test_what_is_not_published_is_named(mini, tmp_path, monkeypatch):
     p = published(tmp_path, monkeypatch, mini, path=str(tmp_path / "theirs"))
     with pytest.raises(ValueError, match="published has no sd2-tdm-base-0: it has sd2-own-base-0"):

@@ -13,11 +13,12 @@ from gad.backbones import Condition
 from gad.backbones.base import Backbone
 from gad.diffusion import Levels
 from gad.paradigms import PARADIGMS
-from gad.paradigms.base import Batch, Heads
+from gad.paradigms.base import Batch, Heads, Paradigm
 
 D, N = 3, 64
 P = params.load()
 VP = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+V = DDIMScheduler.from_config(VP.config, prediction_type="v_prediction")
 FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
 COV = torch.tensor([[1.0, 0.5, 0.0], [0.5, 0.7, 0.1], [0.0, 0.1, 0.3]])
 MEAN = torch.tensor([0.6, -0.4, 0.2])
@@ -92,7 +93,8 @@ class Known(Backbone):
         t = timestep.double() / (self.levels.train_steps - (not self.levels.flow))
         alpha, sigma = (a[:, None] for a in self.levels.alpha_sigma(t))
         x0 = network(x_t, alpha, sigma, cond.embeds[:, 0])
-        return (x_t - x0) / sigma if self.levels.flow else (x_t - alpha * x0) / sigma
+        scale = {"flow": (1, 1), "epsilon": (1, alpha), "v": (alpha, 1)}[self.prediction]
+        return (scale[0] * x_t - scale[1] * x0) / sigma
 
     def features(self, network, x_t, t, cond):
         return [torch.cat([x_t, cond.embeds[:, 0]], 1)[:, None]]
@@ -194,6 +196,74 @@ def test_dmd_moves_samples_by_the_normalised_difference_of_posteriors(either, cf
     assert torch.allclose(found.double(), (fake - real) / scale / (N * D), rtol=5e-3, atol=1e-5)
 
 
+@pytest.fixture
+def learnt(monkeypatch):
+    """What fakes are given to learn: (fake, x̂, τ, batch, …) of each call."""
+    calls, denoising = [], Paradigm.denoising
+    monkeypatch.setattr(Paradigm, "denoising", lambda self, *args: calls.append(args) or denoising(self, *args))
+    return calls
+
+
+@pytest.mark.parametrize("name", ["dmd", "sid", "swiftbrush"])
+def test_levels_and_noises_are_new_for_each_use(backbone, learnt, name):
+    """Scores are compared where τ is in [0.02, 0.98], a flow's by SiD mostly above ½; SiD's fake learns there too,
+    other fakes at all levels."""
+    paradigm, at = make(name, backbone, steps=4, fake=FAKE), batch(4096)
+    paradigm.losses(at, 0)
+    point, [(_, _, own, *_)] = paradigm.point, learnt
+    middle = 2 / 3 if name == "sid" and backbone.levels.flow else 0.5
+    for tau, low in ((point.tau, 0.02), (own, 0.02 if name == "sid" else 0.0)):
+        assert low <= tau.min() < low + 0.01 and 0.99 - low < tau.max() <= 1 - low
+        assert tau.median().item() == pytest.approx(middle, abs=0.04)
+    assert torch.corrcoef(torch.stack([point.tau, own]))[0, 1].abs() < 0.08
+    alpha, sigma = levels(backbone, point.tau)
+    noise = ((point.x_tau - alpha * point.x_hat) / sigma).detach()
+    assert noise.mean().abs() < 0.05 and noise.std().item() == pytest.approx(1, abs=0.05)
+    assert all((noise * other).mean().abs() < 0.05 for other in (at.z, point.x))
+
+
+@pytest.mark.parametrize("name", ["sid", "swiftbrush"])
+def test_fakes_learn_a_tenth_without_prompts(learnt, name):
+    """SwiftBrush's of a batch all or none."""
+    paradigm = make(name, Known(VP, Posterior()))
+    for seed in range(300):
+        paradigm.losses(batch(4, seed, shift=1.0), 0)
+    unsaid = torch.stack([(cond.embeds == 0).all(2)[:, 0] for _, _, _, _, cond, *_ in learnt])
+    assert unsaid.double().mean().item() == pytest.approx(0.1, abs=0.04)
+    assert (unsaid.all(1) == unsaid.any(1)).all() == (name == "swiftbrush")
+
+
+@pytest.mark.parametrize("scheduler", [VP, V, FLOW], ids=["epsilon", "v", "flow"])
+def test_a_fakes_error_is_the_same_however_it_says_noise(scheduler):
+    """That of ε̂, which is x̂0's times α / σ, of a network in ε or in v; a flow's is its velocity's, times 1 / σ."""
+    backbone, x_hat, c = Known(scheduler, Posterior()), normal(N, D), SHIFTS[:, 0].double()
+    tau = torch.linspace(0.02, 1, N, dtype=torch.float64)
+    found = make("dmd", backbone).denoising(FAKE, x_hat, tau, batch(shift=SHIFTS))
+    alpha, sigma = levels(backbone, tau)
+    guess, _ = prediction(backbone, FAKE, alpha * x_hat + sigma * batch().noise(x_hat), tau, c)
+    expected = ((1 if backbone.levels.flow else alpha) / sigma * (guess - x_hat)).square().mean(1)
+    assert torch.allclose(found.double(), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", PARADIGMS)
+def test_roles_have_the_rates_of_their_paradigm(backbone, name):
+    given = {"lr": 0.1, "fake_lr": 0.2, "disc_lr": 0.3, "beta1": 0.4}
+    paradigm = make(name, backbone, **{k: v for k, v in given.items() if k in P.paradigms[name]})
+    adversarial = {"student": (0.1, (0.9, 0.95), 0.01), "discriminator": (0.3, (0.0, 0.99), 0.0)}
+    dmd, sid = (
+        {role: (lr, (0.4, beta2), decay) for role, lr in (("student", 0.1), ("fake", 0.2))}
+        for beta2, decay in ((0.95, 0.01), (0.999, 0.0))
+    )
+    expected = {
+        "ladd": adversarial, "add": adversarial, "dmd": dmd, "tdm": dmd, "swiftbrush": sid, "sid": sid,
+        "tcd": {"student": (0.1, (0.9, 0.999), 0.0)},
+    }
+    groups = {k: role.optimisers[0].param_groups for k, role in paradigm.roles.items()}
+    assert {k: (g["lr"], g["betas"], g["weight_decay"]) for k, (g,) in groups.items()} == expected[name]
+    assert {role.clip for role in paradigm.roles.values()} == {P.distill.clip}
+    assert {k: role.ema for k, role in paradigm.roles.items() if role.average} == {"student": P.distill.ema}
+
+
 def test_dmds_student_learns_at_each_ratioth_step(backbone):
     dmd = make("dmd", backbone, ratio=3)
     assert ["student" in dmd.losses(batch(), step) for step in range(4)] == [True, False, False, True]
@@ -234,14 +304,36 @@ def test_tdms_fake_learns_by_snr_up_to_five(backbone):
     assert torch.allclose(found.double(), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["dmd", "swiftbrush"])
+def test_fakes_learn_by_the_error_of_their_output(backbone, name):
+    """Of ε̂, or a flow's velocity: x̂0's times (α / σ)² or 1 / σ²; SwiftBrush's times α² more."""
+    paradigm = make(name, backbone, fake=FAKE)
+    found = torch.autograd.grad(paradigm.losses(batch(shift=SHIFTS), 0)["fake"], FAKE.mean)[0]
+    again, x_hat = batch(), paradigm.point.x_hat.detach().double()
+    again.level(), again.uniform(N), again.noise(again.z)  # τ of the scores, the step and x_τ's noise
+    tau = again.level()
+    assert name == "dmd" or not again.draws.chance(0.1)  # of no prompts
+    alpha, sigma = levels(backbone, tau)
+    x_tau = alpha * x_hat + sigma * again.noise(again.z)
+    fake, slope = prediction(backbone, FAKE, x_tau, tau, SHIFTS[:, 0].double())
+    weight = (1 if backbone.levels.flow else alpha**2) * (alpha**2 if name == "swiftbrush" else 1) / sigma**2
+    pull = 2 * weight * (fake - x_hat)
+    expected = ((I.double() - alpha[..., None] * slope).mT @ pull[..., None])[..., 0].sum(0) / (N * D)
+    assert torch.allclose(found.double(), expected, rtol=1e-3, atol=1e-5)
+
+
 def test_swiftbrushs_fake_begins_as_the_teacher_and_trains_lora_alone(backbone):
-    brush = make("swiftbrush", backbone)
+    brush = make("swiftbrush", backbone, rank=2, alpha=3)
     fake = brush.roles["fake"]
     at = batch(), torch.full((N,), 0.5, dtype=torch.float64)
     pair = [backbone.x0(m, at[0].z, at[1], at[0].cond) for m in (fake.module, backbone.network)]
     assert torch.allclose(*pair)
     trained = {n for n, p in fake.module.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in n for n in trained) and len(fake.params) == len(trained)
+    down, up = fake.params
+    nn.init.normal_(up, generator=torch.Generator().manual_seed(0))
+    moved = backbone.x0(fake.module, at[0].z, at[1], at[0].cond) - pair[1]
+    assert torch.allclose(moved, 3 / 2 * at[0].z @ (up @ down).T, atol=1e-4)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
@@ -319,12 +411,13 @@ def test_tdm_diffuses_from_where_its_step_ends(backbone):
 @pytest.mark.parametrize("name", ["dmd", "sid", "swiftbrush", "tdm"])
 def test_the_true_posterior_is_the_fakes_optimum(backbone, name):
     """For a one-step student A z + b the fake's best is N(b, A Aᵀ)'s posterior: there, and not elsewhere, its
-    gradient has no mean."""
+    gradient has no mean. Whatever the teacher's guidance, but for SiD's, which is its own too."""
     student = Linear(torch.linalg.cholesky(COV), MEAN)
+    cfg, spread = (1.0, 0.0) if name == "sid" else (3.0, 0.7)
 
     def slope(fake):
-        paradigm = make(name, backbone, fake=fake, student=student)
-        return t_values(paradigm, [fake.mean, fake.root])
+        paradigm = make(name, backbone, cfg=cfg, fake=fake, student=student)
+        return t_values(paradigm, [fake.mean, fake.root], spread)
 
     assert slope(Posterior()).max() < 5.5 < slope(Posterior(MEAN + 0.2, 1.3 * COV)).max()
 
@@ -590,16 +683,26 @@ class ByTime(Posterior):
         return (self.table[k] @ x[..., None])[..., 0] + self.shift[k]
 
 
-def test_tcds_target_is_the_solvers_point_where_the_jump_ends_there(backbone):
-    tcd = make("tcd", backbone, solver=1, huber=0.0)
-    at = batch(x0=torch.randn(N, D, generator=torch.Generator().manual_seed(9)))
-    loss = tcd.losses(at, 0)["student"]
-    at = batch(x0=at.x0)  # the same draws again
-    at.uniform(N), at.uniform(N)
-    t = backbone.times(1)[:1].expand(N)
-    x = backbone.add_noise(at.x0, at.noise(at.x0), t)
-    teacher, student = (backbone.x0(m, x, t, at.cond) for m in (backbone.network, tcd.student))
-    assert torch.allclose(loss, 0.5 * (student - teacher).square().mean(), rtol=1e-4)
+@pytest.mark.parametrize("solver", [1, 4])
+def test_tcds_jump_ends_where_the_guided_solver_and_another_jump_lead(backbone, solver):
+    """At any later time of the grid: from where a step of the solver leads, and there itself where that is the end."""
+    student, x0, c = Linear(torch.linalg.cholesky(COV), MEAN), normal(N, D), SHIFTS[:, 0].double()
+    tcd = make("tcd", backbone, cfg=3.0, student=student, solver=solver, huber=0.3)
+    loss = tcd.losses(batch(shift=SHIFTS, x0=x0), 0)["student"]
+    again, times = batch(), backbone.times(solver)  # the same draws
+    k = (solver * again.uniform(N)).long()
+    end = k + 1 + ((solver - k) * again.uniform(N)).long()
+    assert len({*zip(k.tolist(), end.tolist(), strict=True)}) == solver * (solver + 1) / 2
+    t, after, s = (tuple(levels(backbone, times[i])) for i in (k, k + 1, end))
+    x = t[0] * x0 + t[1] * again.noise(x0)
+
+    def move(x, x_hat, start, to):
+        return to[0] * x_hat + to[1] / start[1] * (x - start[0] * x_hat)
+
+    there = move(x, prediction(backbone, backbone.network, x, times[k], c, 3.0)[0], t, after)
+    beyond = move(there, answer(student, there, c), after, s)
+    error = move(x, answer(student, x, c), t, s) - torch.where((end == k + 1)[:, None], there, beyond)
+    assert torch.allclose(loss.double(), ((error**2 + 0.3**2).sqrt() - 0.3).mean(), rtol=1e-3)
 
 
 def test_discriminator_losses_at_known_logits(backbone):

@@ -1,6 +1,7 @@
 """GAD's forms against closed forms on linear-Gaussian models, and paradigms on the real networks."""
 
 import gc
+import inspect
 from functools import cache
 from types import SimpleNamespace
 
@@ -12,13 +13,15 @@ from conftest import perturb
 from diffusers import DDIMScheduler, TCDScheduler
 from torch import nn
 
-from gad import params
+from gad import distill, params
+from gad.backbones import Condition
 from gad.diffusion import Levels
 from gad.distill import Distillation
 from gad.evaluation.geometry import tangents
 from gad.paradigms import PARADIGMS
-from gad.paradigms.base import Batch, Point
+from gad.paradigms.base import Batch, Draws, Point, dropped
 from gad.paradigms.forms import FORMS, _relations, gad_loss
+from gad.params import Run
 from gad.tangents import Samples, Tangents
 from gad.training import step_generator, train, update
 
@@ -113,6 +116,13 @@ def test_robust_map_form_grows_as_a_logarithm(linear):
         assert torch.allclose(robust, plain.log1p())
 
 
+def test_directions_are_averaged_and_normalised_by_the_teachers_response(linear):
+    one = paths(*(linear.random(1, D) for _ in range(2)), linear.random(D, D))
+    plain = term(linear.p, one, form="map", pairs=1)
+    assert torch.allclose(term(linear.p, one, form="map", pairs=1, directions=3), plain)
+    assert torch.allclose(term(linear.p, one, form="map", pairs=1, normalise=True), plain / one.jv.square().mean())
+
+
 @pytest.mark.parametrize("scheme", ["forward", "central", "exact"])
 def test_step_form_has_each_steps_difference_as_mean_gradient(linear, scheme):
     """A step is x_s = a x_t + b x̂0 with b = α_s − α_t σ_s / σ_t and a = σ_s / σ_t: the teacher's step A asks for
@@ -193,15 +203,20 @@ def test_paired_score_form_matches_jacobians_in_the_mean(linear):
 
 
 def test_score_form_as_printed_has_no_mean(linear):
+    """Each draw has (J_fake − J_real) v on the way from x_τ to the student."""
     paired = linear.alpha * (linear.k_fake - linear.k_real).norm() / D
     draws = torch.stack([gradient(linear.p, None, seed=s, form="score") for s in range(20)])
     error = draws.std(0) / 20**0.5
     assert (draws.mean(0).abs() < 4.5 * error).all()
-    assert draws.mean(0).norm() < 0.05 * paired and draws[0].norm() > 0
+    assert draws.mean(0).norm() < 0.05 * paired
+    v = torch.randn(linear.n, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = linear.alpha / D / linear.n * (linear.k_fake - linear.k_real) @ v.T @ linear.x
+    assert torch.allclose(draws[0], expected, rtol=1e-4, atol=1e-7)
 
 
 def test_released_form_is_the_published_arithmetic(linear):
-    h, point = 0.01, linear.p.point
+    """Its gradient is a sign's, on both ends of the student's difference."""
+    h, point, weight = 0.01, linear.p.point, linear.p.student.weight
     found = term(linear.p, None, form="released", h=h)
     g = torch.Generator().manual_seed(0)
     v = torch.randn(point.x_tau.shape, generator=g, dtype=torch.float64)
@@ -211,6 +226,9 @@ def test_released_form_is_the_published_arithmetic(linear):
     norm = (d_student - v @ linear.k_real.T).abs().mean(1) + 1e-8
     expected = (((away**2 + 1e-6).sqrt() - 1e-3).mean(1) / norm).mean()
     assert torch.allclose(found, expected, rtol=1e-5)
+    slope = (-away / (away**2 + 1e-6).sqrt() / norm[:, None] / (linear.n * D)).detach()
+    found, expected = (torch.autograd.grad(x, weight, retain_graph=True)[0] for x in (found, (slope * d_student).sum()))
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-8)
 
 
 def test_forms_that_need_a_fake_say_so(linear):
@@ -225,6 +243,44 @@ def test_every_scales_and_skips(linear):
     assert values[1] is None and values[2] is None and torch.equal(values[0], values[3])
     once = gad_loss(linear.p, None, gad.model_copy(update={"every": 1}), 0, torch.Generator().manual_seed(0))
     assert torch.allclose(values[0], 3 * once)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_directions_of_parts_make_the_wholes(parts):
+    whole, *own = (
+        Draws(torch.Generator().manual_seed(0), *part).direction(torch.zeros(8 // part[1], 3))
+        for part in ((0, 1), *((k, parts) for k in range(parts)))
+    )
+    assert torch.equal(torch.cat(own), whole)
+
+
+def drawn_of(n, paired):
+    """A batch of n out of n samples, all of whose values tell which they are."""
+    number = torch.arange(float(n))[:, None].expand(n, 3)
+    samples = Samples(number, 10 * number, Condition(100 * number[:, None], torch.ones(n, 1)))
+    paradigm = SimpleNamespace(paired=paired, roles={}, backbone=SimpleNamespace(latent_shape=(3,)))
+    return Distillation(paradigm, samples.cond, None, None, n, 0, samples).draw(torch.Generator().manual_seed(0))
+
+
+def test_pairs_stay_pairs():
+    at = drawn_of(6, paired=True)
+    z, cond = at.other
+    assert torch.equal(at.x0, 10 * at.z) and torch.equal(at.cond.embeds[:, 0], 100 * at.z)
+    assert torch.equal(z, at.z.roll(1, 0)) and torch.equal(cond.embeds[:, 0], 100 * z)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_any_prompt_is_drawn(paired):
+    assert len(drawn_of(64, paired).cond.embeds[:, 0, 0].unique()) > 30
+
+
+@pytest.mark.parametrize("name", ["pixart", "sana"])
+def test_dropped_prompts_are_the_empty_one(mini, name):
+    backbone = mini(name)
+    cond = backbone.encode(["a red circle and a blue square", "a blue square"])
+    found = dropped(backbone, cond, torch.tensor([True, False]))
+    for one, expected in ((found[0], backbone.null), (found[1], cond[1])):
+        assert torch.equal(one.embeds, expected.embeds) and torch.equal(one.mask, expected.mask)
 
 
 @cache
@@ -275,6 +331,15 @@ def test_tangents_survive_the_disk(setting, tmp_path):
     huge = Tangents(t.states, 1e9 * t.responses, cond)
     with pytest.raises(ValueError, match=r"responses have values that torch\.float16 cannot hold"):
         huge.save(tmp_path / "t.safetensors", prompts, (0, 1), torch.float16)
+
+
+@torch.no_grad()
+def test_samples_come_back_with_their_noises(mini, tmp_path):
+    backbone, file = mini("sana"), tmp_path / "samples.safetensors"
+    Samples.make(file, backbone, ["a red circle", "a blue square", "a green triangle"], 5, 4, 2.0, batch=2)
+    back = Samples.load(file, backbone)
+    expected = backbone.sample(backbone.network, back.z, back.cond, 4, 2.0)
+    assert (back.x0 - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
 def tdm(backbone, cfg=2.0):
@@ -478,6 +543,35 @@ def test_lam_zero_is_the_base_bit_for_bit(setting, tmp_path):
     base = run(None, "base")
     assert torch.equal(base, run(P.gad.model_copy(update={"lam": 0.0}), "zero"))
     assert not torch.equal(base, run(P.gad.model_copy(update={"lam": 1.0, "pairs": 2, "every": 1}), "one"))
+
+
+class Handed(Exception):
+    """To the training."""
+
+
+def test_a_run_is_trained_as_its_parameters_say(mini, monkeypatch, tmp_path):
+    """Guidance, steps, rates, decay of the average; GAD's term, whose draws are the run's seed's."""
+    def hand(*args):
+        raise Handed(inspect.signature(train).bind(*args).arguments)
+
+    monkeypatch.setattr(distill, "train", hand)
+    at, gad = prepared(mini("sana")), set()
+    p = P.model_copy(update={"distill": P.distill.model_copy(update={"batch": 2, "ema": 0.7})})
+    which = p.backbones["sana"]
+    assert which.cfg != 1
+    for seed in (7, 8):
+        with pytest.raises(Handed) as error:
+            distill.distill(Run("sana", "tdm", "slower_gad", seed), p, at.backbone, at.cond, at.tangents, at.tangents,
+                            None, tmp_path, tmp_path, Accelerator(cpu=True), {"a": 1})
+        given = error.value.args[0]
+        task, student = given["task"], given["task"].roles["student"]
+        assert given["seed"] == task.seed == seed and given["identity"] == {"a": 1}
+        assert all(given[k] == getattr(p.distill, k) for k in ("steps", "warmup", "save_every"))
+        assert task.gad == p.controls["slower_gad"] and task.batch == 2
+        assert (task.paradigm.cfg, task.paradigm.steps) == (which.cfg, which.student_steps)
+        assert student.lr == 0.5 * p.paradigms["tdm"]["lr"] and student.average.decay == 0.7
+        gad.add(task.losses(0, step_generator(0, 0))["gad"].item())
+    assert len(gad) == 2
 
 
 def test_every_counts_the_students_updates_not_the_fakes(setting):

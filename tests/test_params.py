@@ -31,6 +31,9 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("further.baselines.paradigms", ["lcm"], "further.baselines.paradigms: 'lcm' is not in the paradigms section"),
         ("further.baselines.paradigms", ["tdm"], "further: sd2-tdm-base-0 is a student twice"),
         ("controls.map.longer", 0, "controls.map.longer=0: input should be greater than 0"),
+        ("controls.slower.rate", 0, "controls.slower.rate=0: input should be greater than 0"),
+        ("controls.slower", 0.5, "controls.slower=0.5: input should be a valid dictionary"),
+        ("controls.slower", {"rate": 0.5}, "controls.slower.lam is missing"),
         ("backbones.sana.teacher_steps", 30, "backbones.sana.teacher_steps=30 must divide 1000"),
         ("backbones.sana.teacher_steps", 25, "backbones.sana.teacher_steps=25 must be even"),
         ("backbones.sana.cfg", 0.5, "backbones.sana.cfg=0.5"),
@@ -96,8 +99,14 @@ def test_unknown_key_missing_key_missing_file_and_not_yaml(tmp_path):
         params.load(path)
     with pytest.raises(ParamsError, match="does not exist"):
         params.load(tmp_path / "none.yaml")
-    with pytest.raises(ParamsError, match=r"gad\.x=1: there is no such key"):
-        params.load(**{"gad.x": 1})
+    for key, said in (("gad.x", r"gad\.x=1 is not a key"), ("gad.x.y", r"gad\.x\.y=1: there is no such key"),
+                      ("x", "x=1: there is no such key")):
+        with pytest.raises(ParamsError, match=said):
+            params.load(**{key: 1})
+    with pytest.raises(ParamsError, match="cannot be read: Is a directory"):
+        params.load(tmp_path)
+    assert "optimiser" not in DATA["distill"]  # what the file leaves out can be given too
+    assert params.load(**{"distill.optimiser": "adamw8bit"}).distill.optimiser == "adamw8bit"
 
 
 def test_runs_are_the_grid():
@@ -117,6 +126,7 @@ def test_runs_are_the_grid():
         (["teacher", "sdxl"], "backbone='sdxl' is unknown"),
         (["evaluate", "sana", "tdm", "best"], "variant='best' is unknown"),
         (["--params", "none.yaml", "teacher", "sana"], "none.yaml does not exist"),
+        (["publish", "sd2", "turbo"], "paradigm='turbo' is unknown: there are none in params.yaml's published section"),
     ],
 )
 def test_command_line_mistakes_are_one_line(arguments, said):

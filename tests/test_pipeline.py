@@ -206,7 +206,10 @@ def test_interrupted_fresh_run_goes_on(own_place):
     assert graph._forced("students", parents, p) == students
     assert [f.name for f in (own_place / "data/.resume").iterdir() if f.is_dir()] == ["teacher-sd2"]
     graph._owe({"evaluate@sd2-tdm-gad-0"})  # the first one is done; then the machine stops
-    assert graph._forced(None, parents, p) == {"evaluate@sd2-tdm-gad-0"}
+    for again in (None, "students"):
+        assert graph._forced(again, parents, p) == {"evaluate@sd2-tdm-gad-0"}
+    assert graph._forced("all", parents, p) == {"teacher@sd2", *students, "tables"}  # is more than what was begun
+    assert graph._forced("students", parents, p) == {"teacher@sd2", *students, "tables"}  # and has all of this
     graph._owe(set())
     assert graph._forced(None, parents, p) == set()
 
@@ -339,10 +342,13 @@ class TestGraph:
         control = {f"{s}-controls@sd2-tdm-rkd-0" for s in ("distill", "evaluate")}
         assert copy.changed() == {*control, *REPORTS}
         run = "sd2-itself-base-0"  # any pipeline of the backbone's kind will do
-        copy.edit({"published": {run: {"backbone": "sd2", "paradigm": "itself", "path": "data/teachers/sd2"}}})
+        copy.edit({"published": {run: {"backbone": "sd2", "paradigm": "itself", "path": "data/teachers/sd2",
+                                         "steps": 1}}})
         published = {f"publish@{run}", f"evaluate-published@{run}", f"use-published@{run}"}
         assert copy.changed() == {*control, *published, *REPORTS}
         assert copy.reproduce() == {*control, *published, *REPORTS}
         assert "TDM + RKD − base" in (copy.folder / "reports/tables/table1.md").read_text()
         for name in ("table1", "table2"):
             assert "ITSELF" in (copy.folder / f"reports/tables/{name}.md").read_text()
+        # Of one step: it never is where the teacher's path is known on the way.
+        assert "ITSELF" not in (copy.folder / "reports/tables/table4.md").read_text()

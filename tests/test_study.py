@@ -96,7 +96,6 @@ def test_half_precision_leaves_little_of_a_small_difference(toy):
     assert min(fine) > 0.99 and max(coarse) < 0.7
 
 
-@pytest.mark.slow
 def _teacher_is_there():
     if not (ROOT / "data/teachers/sd2/model_index.json").is_file():
         if "teacher@sd2" not in yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]:

@@ -7,11 +7,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from gad import params, training
 from gad.stages.common import prepare
-from gad.training import DivergedError, Role, learning_rate, step_generator, train
+from gad.training import DivergedError, Role, learning_rate, step_generator, train, update
 
 
 class Regression:
@@ -37,6 +38,40 @@ class Regression:
         if step % self.often == 0:
             losses["fake"] = (self.roles["fake"].module(x) - y).square().mean()
         return losses | {"size": x.square().mean()}
+
+
+class Slope:
+    """Two weights, both 1, whose loss is linear in them; it can be shared."""
+
+    part = (0, 1)
+
+    def __init__(self):
+        net = torch.nn.Linear(2, 1, bias=False)
+        torch.nn.init.ones_(net.weight)
+        self.roles = {"student": Role(net, 0.1, betas=(0.3, 0.7), weight_decay=0.2, clip=0.5, ema=0.5)}
+
+    def losses(self, step, generator):
+        return {"student": (self.roles["student"].module.weight * torch.tensor([3.0, 4.0])).sum()}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_is_adamws_at_its_rate_on_the_clipped_gradient(parts):
+    """And the average keeps 1 − (1 + n)^−¾ of what it was at step n, at most what its role says."""
+    task, accelerator = Slope(), Accelerator(cpu=True)
+    role = task.roles["student"]
+    role.optimisers = [accelerator.prepare(o) for o in role.optimisers]
+    weight, (average,) = role.params[0], role.average.shadow_params
+    gradient = 0.1 * torch.tensor([[3.0, 4.0]])  # its norm of 5 cut to 0.5
+    for step, kept in enumerate((0, 1 - 2**-0.75, 0.5)):
+        before = average.clone()
+        assert update(task, step, 0, 0.5, accelerator, parts)["student_norm"] == pytest.approx(5)
+        if step == 0:
+            torch.testing.assert_close(role.state_of(weight)["exp_avg"], 0.7 * gradient)
+            torch.testing.assert_close(role.state_of(weight)["exp_avg_sq"], 0.3 * gradient**2)
+            moved = torch.ones(1, 2) - 0.05 * 0.2 - 0.05
+            torch.testing.assert_close(weight.detach(), moved, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(average, kept * before + (1 - kept) * weight.detach())
+        assert torch.equal(role.averaged()["weight"], average)
 
 
 def test_muon_takes_hidden_weights_alone():

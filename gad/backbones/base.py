@@ -155,7 +155,8 @@ class Backbone:
             return self.raw(network, x_t, timestep, cond)
         both = Condition.cat([_padded(self.null.expand(len(x_t)), cond), cond])
         out = self.raw(network, torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), both)
-        uncond, text = out.chunk(2)
+        # Under autocast too: a scale of 4.5 makes half precision's rounding six times as large.
+        uncond, text = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(2)
         return uncond + cfg * (text - uncond)
 
     def x0(self, network, x_t: Tensor, t: Tensor, cond: Condition, cfg: float = 1.0) -> Tensor:
@@ -274,15 +275,22 @@ class _Capture:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(hidden_states))
-        query, key, value = (
-            attn.head_to_batch_dim(f(x))
-            for f, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
-        )
+        query, key, value = map(attn.head_to_batch_dim, (
+            _normed(attn.to_q(hidden_states), attn.norm_q, attn.heads),
+            _normed(attn.to_k(context), attn.norm_k, attn.heads), attn.to_v(context),
+        ))
         probabilities = attn.get_attention_scores(query, key, attention_mask)
         mean = probabilities.unflatten(0, (len(hidden_states), -1)).mean(1)  # (B, N, L)
         self.maps.append(mean.gather(2, self.index[:, None].expand(-1, mean.shape[1], -1)).transpose(1, 2))
         out = attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(probabilities @ value)))
         return out / attn.rescale_output_factor
+
+
+def _normed(x: Tensor, norm, heads: int) -> Tensor:
+    """Queries or keys (B, N, H·D) by their norm, if there is one: over all, as SANA's is, or over each head's."""
+    if norm is None or norm.weight.numel() == x.shape[-1]:
+        return x if norm is None else norm(x)
+    return norm(x.unflatten(-1, (heads, -1))).flatten(-2)
 
 
 def _padded(null: Condition, cond: Condition) -> Condition:

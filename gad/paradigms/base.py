@@ -182,11 +182,13 @@ class Paradigm:
         return Point(x, t, x_hat, renoise(x, x_hat), tau, batch.cond, renoise)
 
     def denoising(self, fake, x_hat: Tensor, tau: Tensor, batch: Batch, cond=None, cfg: float = 1.0) -> Tensor:
-        """Squared error (B,) of a fake's raw output, in the network's own prediction, on the student's samples."""
+        """Mean squared error (B,) of a fake on the student's samples: of ε̂, or of a flow's velocity."""
         noise = batch.noise(x_hat)
         cond = batch.cond if cond is None else cond
         out = self.backbone.output(fake, self.backbone.add_noise(x_hat, noise, tau), tau, cond, cfg)
-        return (out.float() - self.backbone.levels.target(x_hat, noise, tau)).square().flatten(1).mean(1)
+        levels = self.backbone.levels
+        error = (out.float() - levels.target(x_hat, noise, tau)).square().flatten(1).mean(1)
+        return levels.alpha_sigma(tau)[0].square() * error if levels.prediction == "v" else error  # v's is ε's over α
 
 
 class Heads(nn.Module):

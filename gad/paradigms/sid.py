@@ -7,7 +7,8 @@ The gradient passes through the teacher and the fake to x̂, so their Jacobians 
 1 / mean|x̂ − μ_real|; for a flow 1 − τ (SiD-DiT's default), with log-odds of τ normal about ln 2. Guidance is the same
 everywhere, also where the fake learns (LSG: "long and short guidance" κ1 = κ2 = κ3 = κ4).
 Choices: states along the deterministic sampler (SiD-DiT's `ddim`) from t = 1, where LSG's start at 625 of 1000; τ in
-TAU and prompts dropped for a flow too, where SiD-DiT does neither; means over elements, where the authors sum.
+TAU and prompts dropped for a flow too, where SiD-DiT does neither; means over elements, where the authors sum;
+gradients are clipped.
 """
 
 import math

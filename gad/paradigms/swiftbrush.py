@@ -4,7 +4,7 @@
     fake:     α_τ² mean (ε̂_fake(x_τ') − ε)²  on sg[x̂]; a tenth of the batches without their prompts
 
 Choices: both scores are guided by the same w and nothing is normalised, as the authors'; their student has one step,
-ours trains one step of its sampler at a time. The fake's weight is for its raw output: a flow's error is in velocity.
+ours trains one step of its sampler at a time. A flow's error is in velocity, with the same weight.
 """
 
 import torch

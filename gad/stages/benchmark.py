@@ -65,7 +65,8 @@ tangents, for GAD; in fp32.
 {plan}
 
 Hours follow from the images/s above, `steps × batch / (images/s) / 3600`, on all devices alike and none lost between
-them. Schedules:
+them; where memory is short for a device's share of a batch, it takes that in parts (`hardware.accumulate`). Not in it:
+the probes, exact tangents of `hardware.tangents` noises at once beside what is trained. Schedules:
 
 {sources}
 """
@@ -262,8 +263,8 @@ def _tasks(model, name, which, data, gad, p, batch, compiled, checkpointing, acc
 
 
 def plan(rows: list[dict], schedules: dict[str, Schedule], gpus: int, measured: str) -> list[dict]:
-    """Device-hours, hours on `gpus` devices and MB on each, of every student of the paper's grid, then of all: from
-    the images/s of `rows`, which were `measured` so. None where there are none."""
+    """Device-hours, hours on `gpus` devices and the MB that were measured on one, of every student of the paper's grid,
+    then of all: from the images/s of `rows`, which were `measured` so. None where there are none."""
     found = {(row["backbone"], row["paradigm"]): row for row in rows}
     cells = []
     for backbone, paradigm, variant in product(*GRID):
@@ -303,7 +304,8 @@ def page(report: dict) -> str:
     })
     cells = _table(report["plan"], titles | {
         "variant": "variant", "steps": "steps", "batch": "batch", "device_hours": "device-hours",
-        "hours": f"hours on {report['plan'][0]['gpus']}", "memory": "MB on each", "measured": "measured",
+        "hours": f"hours on {report['plan'][0]['gpus']}", "memory": f"MB, {report['rows'][0]['batch']} images on one",
+        "measured": "measured",
     })
     scope = f"The paper's grid, {' × '.join('{' + ', '.join(x) + '}' for x in GRID)}."
     if report["measured"].startswith("miniature"):

@@ -34,6 +34,7 @@ def prepare(p: Params, precision: str = "no", track: str | None = None) -> Accel
         cpu=not torch.cuda.is_available(), mixed_precision=precision, log_with=track, project_dir=paths.tracking(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # others wait while one encodes prompts
     )
+    torch.backends.cudnn.allow_tf32 = False  # the older name of the same: where the two differ, reading it fails
     for kind in geometry.TF32:
         kind.fp32_precision = "ieee"  # TF32 would leave finite differences little but rounding
     if made.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):

@@ -1,6 +1,5 @@
 """What a student could learn of its teacher, and what a measurement can see."""
 
-import numpy as np
 import torch
 
 from .. import paths
@@ -45,10 +44,11 @@ def diagnose(backbone: str, p: Params) -> dict:
     prompts = world.prompts(n.probes, seed + 9, "test")
     save(endpoints / "probe.safetensors", prompts, (seed + 9, seed + 10), ends)
     prompts = world.prompts(n.samples, seed + 11)
-    Samples.make(endpoints / "samples.safetensors", teacher, prompts, seed + 11, which.teacher_steps, which.cfg)
+    path, batch = endpoints / "samples.safetensors", 2 * e.batch  # no derivatives: twice as many at once
+    Samples.make(path, teacher, prompts, seed + 11, which.teacher_steps, which.cfg, batch)
     prompts = [c for c in world.prompts(e.prompts, seed + 14, "test") for _ in range(e.noises)]
     test = save(folder / "test.safetensors", prompts, (seed + 14, seed + 15), ends, e.batch)
-    _unseen(teacher, world, times, which, e.trajectory_prompts, seed + 16, folder / "unseen.safetensors")
+    _unseen(teacher, world, times, which, e, seed + 16, folder / "unseen.safetensors")
     other = {
         "teacher, CFG + 1": (which.teacher_steps, which.cfg + 1),
         "teacher, half the steps": (which.teacher_steps // 2, which.cfg),
@@ -64,11 +64,12 @@ def diagnose(backbone: str, p: Params) -> dict:
     size = p.hardware.tangents
     write_csv(folder / "precision.csv", precision.sweep(teacher, test[slice(0, 8)], which.cfg, size))
     write_csv(folder / "published.csv", precision.known_students(teacher, test[slice(0, 16)], seed, size))
-    return {name: {k: float(np.mean(r[k])) for k in ("cos", "ratio", "relative")} for name, r in floors.items()}
+    shown = {k: geometry.SUMMARY[k] for k in ("cos", "ratio", "relative")}
+    return {name: {k: float(summary(r[k])) for k, summary in shown.items()} for name, r in floors.items()}
 
 
-def _unseen(teacher, world, times, which, n, seed, path):
+def _unseen(teacher, world, times, which, e, seed, path):
     """The teacher's side of Table 4."""
-    prompts = world.prompts(n, seed, "unseen")
+    prompts = world.prompts(e.trajectory_prompts, seed, "unseen")
     z, cond = teacher.noise(len(prompts), seed), teacher.encode(prompts)
-    Paths.of(teacher, z, cond, times, which.teacher_steps, which.cfg).save(path, prompts, seed)
+    Paths.of(teacher, z, cond, times, which.teacher_steps, which.cfg, 2 * e.batch).save(path, prompts, seed)

@@ -18,8 +18,11 @@ def distill(run: Run, p: Params, track: str | None = None) -> dict:
     """Train student `run`; its folder, log and probes. `track`: a tracker's name, see `prepare`."""
     accelerator = prepare(p, p.distill.precision, track)
     if track:
-        live = {"dir": str(paths.tracking() / "dvclive"), "dvcyaml": None, "save_dvc_exp": False}  # not DVC's own files
-        accelerator.init_trackers("gad", {"run": str(run), **p.distill.identity}, {"dvclive": live})
+        # A place for each student; DVCLive leaves DVC's own files alone.
+        live = {"dir": str(paths.tracking() / "dvclive" / str(run)), "dvcyaml": None, "save_dvc_exp": False}
+        own = {"dvclive": live, "wandb": {"name": str(run), "dir": str(paths.tracking())}}
+        name = str(run) if track == "tensorboard" else "gad"  # W&B's is the project's
+        accelerator.init_trackers(name, {"run": str(run), **p.distill.identity}, own)
     made, _ = student(run, p, paths.student(run), paths.resume(str(run)), accelerator)
     accelerator.end_training()
     if not made:
@@ -33,6 +36,7 @@ def distill(run: Run, p: Params, track: str | None = None) -> dict:
 
 def student(run: Run, p: Params, folder, work, accelerator):
     """Train `run` to `folder`; what `gad.distill.distill` returns, and the backbone."""
+    students.shareable(run, p, accelerator.num_processes)
     backbone = placed(accelerator.device, run.backbone, p)
     endpoints, paired = paths.endpoints(run.backbone), PARADIGMS[run.paradigm].paired
     prompts = world_of(run.backbone, p).prompts(p.distill.prompts, p.seeds.world)

@@ -22,7 +22,7 @@ def evaluate(run: Run, p: Params) -> dict:
     teacher = placed(accelerator.device, run.backbone, p)
     student = load_network(paths.student(run)).to(accelerator.device)
     test = Tangents.load(paths.diagnosis(run.backbone) / "test.safetensors", teacher)
-    steps = which.student_steps
+    steps = p.student_steps(run)
 
     def measured(first=None):
         y, jv = geometry.tangents(
@@ -36,8 +36,9 @@ def evaluate(run: Run, p: Params) -> dict:
 
     out = {"run": str(run), **measured()}
     out["local"] = geometry.local_rows(teacher, student, test, which.cfg, e.batch)
-    unseen = Paths.load(paths.diagnosis(run.backbone) / "unseen.safetensors", teacher)
-    out["trajectory"] = trajectory.errors(teacher, student, unseen)
+    if steps == which.student_steps:  # the times at which the teacher's paths are known
+        unseen = Paths.load(paths.diagnosis(run.backbone) / "unseen.safetensors", teacher)
+        out["trajectory"] = trajectory.errors(teacher, student, unseen, 2 * e.batch)  # no derivatives: twice as many
     if run.variant == "base" and steps > 1:
         out["hybrid"] = measured((teacher.network, which.cfg))  # the teacher's first step, then the student
     write_json(paths.result(run), out)

@@ -100,14 +100,14 @@ def use(run: Run, p: Params) -> dict:
     """The same measures of student `run`, and of a base student's images with the hybrid sampler."""
     bench = _Bench(run.backbone, p)
     teacher, which = bench.backbone, bench.which
-    student = load_network(paths.student(run)).to(teacher.device)
+    student, steps = load_network(paths.student(run)).to(teacher.device), p.student_steps(run)
     classifiers = {kind: seeds.Classifier.load(bench.folder / f"{kind}.safetensors") for kind in KINDS}
     library = tables.read(bench.folder / "library.json")
-    model = bench.model(student, which.student_steps, 1.0)
+    model = bench.model(student, steps, 1.0)
     images = bench.matrix(model)
     out = {"run": str(run), **_student(bench, model, images, classifiers, library)}
-    if run.variant == "base" and which.student_steps > 1:
-        hybrid = bench.model(student, which.student_steps, 1.0, (teacher.network, which.cfg))
+    if run.variant == "base" and steps > 1:
+        hybrid = bench.model(student, steps, 1.0, (teacher.network, which.cfg))
         out["hybrid"] = _of_images(bench, bench.matrix(hybrid), classifiers)
     write_json(paths.use(run), out)
     _show(images, paths.use(run).with_suffix(".png"))
@@ -183,12 +183,13 @@ def _layout(bench, model) -> dict:
     laid = world.layouts(backbone)
     z, cond = backbone.noise(len(laid), bench.p.seeds.world + LAYOUTS), backbone.encode(laid.captions)
     tokens = [layout.phrase_tokens(backbone, *each) for each in zip(laid.captions, laid.phrases, strict=True)]
-    times = backbone.times(bench.which.student_steps)[:-1][:2]
+    times = backbone.times(bench.which.student_steps)[:-1][:min(2, model.steps)]
+    evals = 2 * u.evals // len(times)  # as many for a model of one step
 
     def measured(boxes, scale):
         latents = [
             layout.guided(backbone, model.network, z[i:i + size], cond[i:i + size], tokens[i:i + size],
-                          boxes[i:i + size], model.steps, model.cfg, times, u.evals if scale else 0, scale)
+                          boxes[i:i + size], model.steps, model.cfg, times, evals if scale else 0, scale)
             for i in range(0, len(z), size)
         ]
         images = backbone.decode(torch.cat(latents), 2 * size).cpu()

@@ -30,6 +30,8 @@ def teacher(backbone: str, p: Params) -> dict:
     if which.path:
         return _given(backbone, p, world)
     folder = paths.autoencoder(which.autoencoder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no autoencoder: `python -m gad autoencoder {which.autoencoder}` trains it")
     vae = (AutoencoderDC if which.autoencoder == "dc" else AutoencoderKL).from_pretrained(folder)
     vae.register_to_config(_name_or_path=which.autoencoder)  # or the folder's path would go into what is saved
     training, seed = p.teacher_of(backbone), p.seeds.world

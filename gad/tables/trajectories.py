@@ -21,7 +21,7 @@ def table4(p: Params) -> pd.DataFrame:
     its base's, less one, paired too."""
     n, rows = p.report.bootstrap, []
     for backbone in p.grid.backbones:
-        found = models(p, backbone)
+        found = {k: rs for k, rs in models(p, backbone).items() if "trajectory" in rs[0]}
         for (paradigm, variant), results in found.items():
             name, errors = label(Run(backbone, paradigm, variant, 0)), _errors(results)
             base = found.get((paradigm, p.base_of(variant))) if variant != "base" else None

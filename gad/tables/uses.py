@@ -43,7 +43,7 @@ def _named(found: dict, names: dict) -> dict:
 
 def _table3(r: dict) -> dict:
     d = r["distance"]
-    distances = {name: (d[k], d[f"{k}_draws"]) for k, name in DISTANCES.items() if f"{k}_draws" in d}
+    distances = {name: (d[k], d[f"{k}_draws"]) for k, name in DISTANCES.items() if k in d}
     return _named(r["quality"], QUALITY) | distances
 
 

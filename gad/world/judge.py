@@ -175,5 +175,6 @@ def evaluate(judge: Judge, seed: int, n: int = 2500) -> dict[str, dict]:
         for kind in SWAPS:
             wrong = swapped(world, kind, rng)
             won = (right > (y * judge.texts(wrong.captions())).sum(1)).numpy()[~fits(world, wrong).diagonal()]
-            out[split][kind] = list(bootstrap(lambda rows, won=won: won[rows].mean(-1), np.arange(len(won)), 1000))
+            share = bootstrap(lambda rows, won=won: won[rows].mean(-1), np.arange(len(won)), 1000, expanded=False)
+            out[split][kind] = list(share)
     return out
