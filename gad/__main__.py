@@ -45,11 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         overrides = dict(_assignment(item) for item in args.set)
         p = load(**({"path": args.params} if args.params else {}), **overrides)
+        trained = {"distill": p.paradigms, "trial": p.paradigms, "publish": [e.paradigm for e in p.published.values()]}
         known = {
             "kind": p.autoencoder, "backbone": p.backbones, "variant": p.variants,
-            "paradigm": p.paradigms if args.command in ("distill", "trial") else p.names,
-        } if args.command != "publish" else {
-            "paradigm": [entry.paradigm for entry in p.published.values()],
+            "paradigm": trained.get(args.command, p.names),
         }
         if args.command == "benchmark":
             from . import stages

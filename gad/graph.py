@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from . import paths
+from . import paths, readme
 from .params import ROOT, load
 
 PROGRESS = re.compile(r": step \d+/\d+")  # the lines of gad.training that a terminal sees
@@ -63,32 +63,8 @@ def reproduce(jobs: int = 2, fresh: str | None = None):
     if failed:
         raise PipelineError(f"{len(failed)} of {len(todo)} stages failed or had to wait: {', '.join(failed)}")
     _dvc("repro", "--allow-missing")
-    into_readme()
+    readme.fill(ROOT / "README.md")
     print("everything is up to date")
-
-
-def for_readme() -> dict[str, str]:
-    """By name: what the README shows of the report."""
-    made = {}
-    for name, path, part in (
-        ("summary", paths.TABLES / "summary.md", r"(.*)"), ("claims", paths.REPORTS / "claims.md", r"\n(\|.*?\n)\n"),
-    ):
-        if path.exists() and (found := re.search(part, path.read_text(), re.S)):
-            made[name] = found[1]
-    return made
-
-
-def into_readme():
-    """The README shows the tables' summary and the claims' verdicts as they are made, never typed in."""
-    path = ROOT / "README.md"
-    text = path.read_text() if path.exists() else ""
-    for name, made in for_readme().items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        if begin in text:
-            head, rest = text.split(begin)
-            text = head + begin + made + end + rest.split(end)[1]
-    if text:
-        path.write_text(text)
 
 
 # What must run

@@ -75,25 +75,29 @@ class Base(_Section):
     lam: Annotated[float, Field(ge=0, le=0)]
 
 
-class Plain(Base):
-    """A further variant without a term. `longer`: its training steps, and `rate`: its student's learning rate, in
-    units of the others'."""
+class _Varied(_Section):
+    """`longer`: training steps of a further variant, and `rate`: its student's learning rate, in units of the
+    others'."""
 
     longer: Positive = 1.0
     rate: Positive = 1.0
 
 
-class Control(Gad):
-    """What a further variant does in GAD's place, with `longer` and `rate` as in `Plain`."""
+class Plain(_Varied, Base):
+    """A further variant without a term."""
 
-    longer: Positive = 1.0
-    rate: Positive = 1.0
+
+class Control(_Varied, Gad):
+    """What a further variant does in GAD's place."""
+
+
+TERM, PLAIN = "(term)", "(plain)"  # tags of the two, which no message shows
 
 
 def _kind(control) -> str:
     """The tag of its model, by what it says."""
     said = control.__dict__ if isinstance(control, BaseModel) else control
-    return "(term)" if isinstance(said, dict) and (said.get("form") or said.get("lam")) else "(plain)"
+    return TERM if isinstance(said, dict) and (said.get("form") or said.get("lam")) else PLAIN
 
 
 class Block(_Section):
@@ -268,6 +272,11 @@ class Evaluation(_Section):
     quality_prompts: PositiveInt
     trajectory_prompts: PositiveInt
 
+    @property
+    def drawn(self) -> int:
+        """Samples at once where no derivative is taken: twice as many."""
+        return 2 * self.batch
+
 
 class Judge(_Section):
     """Training of the world's OpenCLIP model."""
@@ -322,7 +331,7 @@ class Params(_Section):
     gad: Gad
     base: Base
     controls: dict[str, Annotated[
-        Annotated[Control, Tag("(term)")] | Annotated[Plain, Tag("(plain)")],
+        Annotated[Control, Tag(TERM)] | Annotated[Plain, Tag(PLAIN)],
         Discriminator(_kind),
     ]]
     grid: Grid
@@ -505,7 +514,7 @@ def validate(data: dict, where: str = "params.yaml") -> Params:
     except ValidationError as error:
         lines = []
         for e in error.errors():
-            key = ".".join(k for k in map(str, e["loc"]) if k not in ("(term)", "(plain)")) or "params"
+            key = ".".join(k for k in map(str, e["loc"]) if k not in (TERM, PLAIN)) or "params"
             value = e["input"]
             if e["type"] == "value_error":
                 text = str(e["ctx"]["error"])

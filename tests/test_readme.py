@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from gad import graph
+from gad import readme
 from gad.params import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -36,7 +36,7 @@ def test_ten_lines_run_and_point_the_right_way():
 @pytest.mark.parametrize("name", ["summary", "claims"])
 def test_the_tables_are_the_pipelines(name):
     shown = README.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
-    assert shown == graph.for_readme()[name] and shown.count("\n") > 5
+    assert shown == readme.shown()[name] and shown.count("\n") > 5
 
 
 def test_what_it_links_to_exists():

@@ -119,6 +119,7 @@ def test_ten_lines_do_what_their_notebook_says():
     assert found["losses"][1] == pytest.approx(found["losses"][0], rel=0.1)
 
 
+@pytest.mark.slow
 def test_ten_lines_run_and_take_geometry_alone():
     _teacher_is_there()
     facts = """{

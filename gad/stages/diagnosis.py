@@ -44,8 +44,8 @@ def diagnose(backbone: str, p: Params) -> dict:
     prompts = world.prompts(n.probes, seed + 9, "test")
     save(endpoints / "probe.safetensors", prompts, (seed + 9, seed + 10), ends)
     prompts = world.prompts(n.samples, seed + 11)
-    path, batch = endpoints / "samples.safetensors", 2 * e.batch  # no derivatives: twice as many at once
-    Samples.make(path, teacher, prompts, seed + 11, which.teacher_steps, which.cfg, batch)
+    path = endpoints / "samples.safetensors"
+    Samples.make(path, teacher, prompts, seed + 11, which.teacher_steps, which.cfg, e.drawn)
     prompts = [c for c in world.prompts(e.prompts, seed + 14, "test") for _ in range(e.noises)]
     test = save(folder / "test.safetensors", prompts, (seed + 14, seed + 15), ends, e.batch)
     _unseen(teacher, world, times, which, e, seed + 16, folder / "unseen.safetensors")
@@ -72,4 +72,4 @@ def _unseen(teacher, world, times, which, e, seed, path):
     """The teacher's side of Table 4."""
     prompts = world.prompts(e.trajectory_prompts, seed, "unseen")
     z, cond = teacher.noise(len(prompts), seed), teacher.encode(prompts)
-    Paths.of(teacher, z, cond, times, which.teacher_steps, which.cfg, 2 * e.batch).save(path, prompts, seed)
+    Paths.of(teacher, z, cond, times, which.teacher_steps, which.cfg, e.drawn).save(path, prompts, seed)

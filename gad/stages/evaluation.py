@@ -38,7 +38,7 @@ def evaluate(run: Run, p: Params) -> dict:
     out["local"] = geometry.local_rows(teacher, student, test, which.cfg, e.batch)
     if steps == which.student_steps:  # the times at which the teacher's paths are known
         unseen = Paths.load(paths.diagnosis(run.backbone) / "unseen.safetensors", teacher)
-        out["trajectory"] = trajectory.errors(teacher, student, unseen, 2 * e.batch)  # no derivatives: twice as many
+        out["trajectory"] = trajectory.errors(teacher, student, unseen, e.drawn)
     if run.variant == "base" and steps > 1:
         out["hybrid"] = measured((teacher.network, which.cfg))  # the teacher's first step, then the student
     write_json(paths.result(run), out)

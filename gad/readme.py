@@ -1,0 +1,29 @@
+"""What the README shows of the report, as it is made and never typed in: the tables' summary and the claims' verdicts,
+each between two comments with its name."""
+
+import re
+from pathlib import Path
+
+from . import paths
+
+
+def shown() -> dict[str, str]:
+    """Tables by name, of those there are."""
+    summary, claims = paths.TABLES / "summary.md", paths.REPORTS / "claims.md"
+    made = {"summary": summary.read_text()} if summary.exists() else {}
+    if claims.exists() and (first := re.search(r"\n(\|.*?\n)\n", claims.read_text(), re.S)):
+        made["claims"] = first[1]
+    return made
+
+
+def fill(path: Path):
+    """Write them into the README at `path`, where there is one."""
+    if not path.exists():
+        return
+    text = path.read_text()
+    for name, table in shown().items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if begin in text:
+            head, rest = text.split(begin)
+            text = head + begin + table + end + rest.split(end)[1]
+    path.write_text(text)
