@@ -4,6 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 FRESH_OPTION = $(if $(FRESH),--fresh $(FRESH))
+BACKBONE_OPTION = $(if $(BACKBONE),--backbone $(BACKBONE))
 STRIP := $(BIN)/nbstripout --extra-keys metadata.language_info
 PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -42,8 +43,8 @@ test-8bit: install ## those of the 8-bit optimiser, with bitsandbytes beside the
 smoke: install ## the whole graph from nothing at its smallest, in a temporary copy
 	$(BIN)/python -m gad.pipeline smoke --jobs $(JOBS)
 
-demo: install ## a student without and one with GAD, side by side, in demo/
-	$(BIN)/python -m gad.pipeline demo --jobs $(JOBS)
+demo: install ## a student without and one with GAD, side by side, in demo/; BACKBONE=... is theirs
+	$(BIN)/python -m gad.pipeline demo --jobs $(JOBS) $(BACKBONE_OPTION)
 
 lab: install ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir . --LabApp.default_url=/lab/tree/notebooks

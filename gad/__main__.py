@@ -18,6 +18,8 @@ def main(argv: list[str] | None = None) -> int:
         ("distill", "train a student", ("backbone", "paradigm", "variant", "seed")),
         ("publish", "a student from a checkpoint of others", ("backbone", "paradigm")),
         ("evaluate", "measure a student", ("backbone", "paradigm", "variant", "seed")),
+        ("nearby", "the teacher at noises nearby, and its tangents on the way", ("backbone",)),
+        ("chain", "where a student's cosine is lost", ("backbone", "paradigm", "variant", "seed")),
         ("judge", "train the world's OpenCLIP model", ()),
         ("references", "the teacher's side of Tables 2, 3, 5, 6 and Figure 5", ("backbone",)),
         ("use", "the student's side of them", ("backbone", "paradigm", "variant", "seed")),

@@ -4,7 +4,7 @@ and who finds things. A class a world; the stages know no more of it.
 Boxes (k, 4) are x0, y0, x1, y1 on a canvas of 64 × 64, whatever an image's own size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -45,8 +45,12 @@ class Mini:
     def __init__(self, backbone: str, p: Params, device):
         self.u, self.seed, self.device = p.uses, p.seeds.world, device
         many = scenes.sample(8 * self.u.prompts, self.seed + PROMPTS, "test")
-        # One scene a prompt, no two captions alike: no prompt is on both sides of Table 2's split.
-        first = {caption: i for i, caption in reversed(list(enumerate(many.captions())))}
+        # No two prompts of the same objects, in whatever order or before whatever background: what is on one side of
+        # Table 2's split is not on the other.
+        first = {tuple(sorted(many.objects(i))): i for i in reversed(range(len(many)))}
+        if len(first) < self.u.prompts:
+            sets = f"{len(many)} scenes have {len(first)} different sets of objects"
+            raise ValueError(f"uses.prompts={self.u.prompts}: {sets}; lower it")
         self.world = many[np.array(sorted(first.values())[:self.u.prompts])]
         self.prompts = self.world.captions()
         self.names = [self.world.objects(k) for k in range(len(self.world))]
@@ -57,8 +61,15 @@ class Mini:
 
     @cached_property
     def real(self) -> torch.Tensor:
-        """(S, P, 3, 64, 64): the world's own layouts of the same prompts."""
-        own = [scenes.relayout(self.world[k], self.u.seeds, k).render() for k in range(len(self.world))]
+        """(S, P, 3, 64, 64): what the world itself has for the same prompts: their objects laid out anew and, where
+        a prompt doesn't name one, before any background."""
+        own = []
+        for k, named in enumerate(self.world.named):
+            many = scenes.relayout(self.world[k], self.u.seeds, k)
+            if not named:
+                any_ = np.random.default_rng([k, PROMPTS]).integers(0, len(scenes.BACKGROUNDS), len(many))
+                many = replace(many, background=any_)
+            own.append(many.render())
         return torch.stack(own, 1)
 
     @cached_property
@@ -86,13 +97,18 @@ class Mini:
         return diversity.distances(features, self._real_features, self.u.draws)
 
     def diversity(self, images) -> dict[str, list]:
-        """Of layouts in images (S, P, …), by prompt."""
-        points = [detector.layouts(images[:, k], [names] * len(images)) for k, names in enumerate(self.names)]
-        prior = [scenes.relayout(self.world[k], 512, k).centre[:, 0] for k in range(len(points))]
-        return {
-            "layout_vendi": [diversity.layout_vendi(x) for x in points],
-            "coverage": [diversity.coverage(x[:, 0], its) for x, its in zip(points, prior, strict=True)],
-        }
+        """Of layouts in images (S, P, …), by prompt: the share of images with all their colours, and how the first
+        S // 3 of these differ, as many for every model; NaN where there are fewer."""
+        out = {"whole": [], "layout_vendi": [], "coverage": []}
+        for k, names in enumerate(self.names):
+            points = detector.layouts(images[:, k], [names] * len(images))
+            whole = diversity.whole(points)
+            out["whole"].append(float(whole.mean()))
+            points, prior = points[whole][:len(images) // 3], scenes.relayout(self.world[k], 512, k).centre[:, 0]
+            enough = len(points) == len(images) // 3
+            out["layout_vendi"].append(diversity.layout_vendi(points) if enough else np.nan)
+            out["coverage"].append(diversity.coverage(points[:, 0], prior) if enough else np.nan)
+        return out
 
     def attributes(self, images) -> dict[str, np.ndarray]:
         """(n,) each, by which noises are chosen."""

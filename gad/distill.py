@@ -12,19 +12,26 @@ import torch
 
 from .backbones import Backbone, Condition
 from .evaluation.geometry import compare, endpoint, interval_columns, tangents
-from .paradigms import PARADIGMS
+from .paradigms import find
 from .paradigms.base import Batch, Draws
-from .paradigms.forms import gad_loss
-from .params import Params, Run
-from .tangents import Samples, Tangents
-from .training import Role, identity_key, step_generator, train
+from .paradigms.forms import NEED_A_FAKE, gad_loss
+from .params import TOGETHER, Params, Run
+from .tangents import Samples, Tangents, rows
+from .training import DivergedError, Role, identity_key, step_generator, train
 
 
 class Distillation:
     """The training task of one student. GAD draws from its own generator, so that `lam: 0` leaves every bit of
-    the base method as it is. `part` = (i, n): `losses` are of part i of n of a step's batch and of GAD's pairs."""
+    the base method as it is. `part` = (i, n): `losses` are of part i of n of a step's batch and of GAD's pairs.
+    ValueError where GAD would learn from a teacher's paths at other times than the student's."""
 
     def __init__(self, paradigm, cond: Condition, teacher: Tangents, gad, batch: int, seed: int, samples=None):
+        if gad and gad.lam and gad.form not in NEED_A_FAKE and (kept := teacher.states.shape[1] - 1) != paradigm.steps:
+            name = paradigm.backbone.name
+            raise ValueError(
+                f"backbones.{name}.student_steps={paradigm.steps}: data/endpoints/{name} holds the teacher's paths at "
+                f"the times of {kept} steps: run its diagnose stage again"
+            )
         self.paradigm, self.cond, self.teacher, self.gad = paradigm, cond, teacher, gad
         self.batch, self.seed, self.roles, self.samples = batch, seed, paradigm.roles, samples
         self.part = (0, 1)
@@ -36,17 +43,23 @@ class Distillation:
         if self.paradigm.paired:
             of, whole = self.samples, draws.all.integers(len(self.samples), self.batch)
             i, k = draws.own(whole), draws.own(whole.roll(1))
-            return Batch(of.z[i], of.cond[i], generator, of.x0[i], (of.z[k], of.cond[k]), self.part)
+            return Batch(of.z[i], rows(of.cond, i), generator, of.x0[i], (of.z[k], rows(of.cond, k)), self.part)
         z = draws.normal(n, *self.paradigm.backbone.latent_shape)
-        i = draws.integers(len(self.cond), n).to(self.cond.mask.device)
-        return Batch(z, self.cond[i].to(z.device), generator, part=self.part)
+        return Batch(z, rows(self.cond, draws.integers(len(self.cond), n)), generator, part=self.part)
 
     def losses(self, step, generator):
         device = generator.device
         out = self.paradigm.losses(self.draw(generator), step)
         if self.gad and "student" in out:
             own = step_generator(self.seed, step, device, "gad")
-            term = gad_loss(self.paradigm, self.teacher, self.gad, self.paradigm.turn(step), own, self.part)
+            try:
+                term = gad_loss(self.paradigm, self.teacher, self.gad, self.paradigm.turn(step), own, self.part)
+            except ValueError as error:
+                if "not finite" not in str(error):
+                    raise
+                if not all(out[name].isfinite() for name in self.roles if name in out):
+                    return out  # by which training stops, as without the term
+                raise DivergedError(f"the gad term is not finite at step {step} ({error})") from None
             if term is not None:
                 out["student"] = out["student"] + term
                 out["gad"] = term.detach()
@@ -65,7 +78,7 @@ def shareable(run: Run, p: Params, processes: int):
                 f"{key}={value} cannot be shared by {processes} process(es) in hardware.accumulate="
                 f"{p.hardware.accumulate} part(s) each: make it a multiple of {parts}"
             )
-    if gad and gad.form in ("rkd", "similarity", "unrelated") and parts > 1:
+    if gad and gad.form in TOGETHER and parts > 1:
         raise ValueError(
             f"controls.{run.variant}: `{gad.form}` is of all samples of a step, which {parts} parts do not see: use "
             "one process and hardware.accumulate=1"
@@ -99,7 +112,10 @@ def distill(
         )
     torch.manual_seed(run.seed)  # heads and adapters start alike in every process
     settings = p.settings(run.paradigm, run.variant)
-    paradigm = PARADIGMS[run.paradigm](backbone, which.student_steps, which.cfg, settings, d)
+    paradigm = find(run.paradigm)(backbone, which.student_steps, which.cfg, settings, d)
+    if not getattr(paradigm.roles.get("student"), "average", None):
+        fix = "add Role(self.student, …, ema=distill.ema)"
+        raise ValueError(f'paradigms.{run.paradigm}: its roles lack a "student" with an average, which is saved: {fix}')
     steps = p.steps(run.paradigm, run.variant)
     task = Distillation(paradigm, cond, teacher, gad, d.batch, run.seed, samples)
     if d.optimiser == "adamw8bit":

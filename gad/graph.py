@@ -19,8 +19,9 @@ from .params import ROOT, load
 PROGRESS = re.compile(r": step \d+/\d+")  # the lines of gad.training that a terminal sees
 LOCAL = "data/students/"  # outputs that are not shipped: missing is no reason to run a stage
 PENDING = paths.resume("fresh")  # stages that an interrupted fresh run still owes
-STUDENTS = ("distill", "evaluate", "use")
-READERS = ("evaluate", "use")  # of students; figures also want a student's probes, which ship
+STUDENTS = ("distill", "evaluate", "chain", "use")
+READERS = ("evaluate", "chain", "use")  # of students; figures also want a student's probes, which ship
+SCRATCH = ("__pycache__", ".ipynb_checkpoints")
 ALONE = {  # no blocks beside the grid
     "baselines": {"paradigms": []}, "controls": {"variants": []}, "maps": {"variants": []},
     "rates": {"variants": []}, "baseline_maps": {"variants": []},
@@ -28,11 +29,12 @@ ALONE = {  # no blocks beside the grid
 FRESH = {
     None: (),
     "students": STUDENTS,
-    "all": ("autoencoder", "judge", "teacher", "diagnose", "references", *STUDENTS, "tables", "figures", "page"),
+    "all": ("autoencoder", "judge", "teacher", "diagnose", "nearby", "references", *STUDENTS, "tables", "figures",
+            "page"),
 }
 MINUTES = {  # measured, one core each
-    "autoencoder": 25, "judge": 12, "teacher": 120, "diagnose": 9, "references": 9, "distill": 6, "evaluate": 2,
-    "use": 3, "tables": 2,
+    "autoencoder": 25, "judge": 12, "teacher": 120, "diagnose": 9, "nearby": 10, "references": 9, "distill": 6,
+    "evaluate": 2, "chain": 1, "use": 3, "tables": 2,
 }
 
 
@@ -119,7 +121,7 @@ def _forced(fresh, parents, p) -> set[str]:
     """Stages to run although unchanged: those of `fresh`, or those an interrupted run still owes."""
     begun, *owed = PENDING.read_text().split() if PENDING.exists() else (None,)
     if begun and (begun == "all" or fresh != "all"):
-        print(f"going on with FRESH={begun}, which was interrupted (rm {PENDING.relative_to(ROOT)} forgets it)")
+        print(f"going on with FRESH={begun}, which was interrupted (rm {PENDING} forgets it)")
         return set(owed) & set(parents)
     forced = {s for s in parents if _group(s) in FRESH[fresh]}
     if fresh:  # training must not go on from what an earlier run left
@@ -269,18 +271,15 @@ def _reason(text):
 
 
 def sandbox(folder: Path, overrides: dict, shared: bool = False) -> Path:
-    """A copy of the pipeline in `folder`, params.yaml with `overrides`: from nothing, or `shared`, with the
-    lock, cache and store of this repository."""
+    """A copy of the pipeline in `folder`, params.yaml with `overrides` and no rows of others' checkpoints but those of
+    `overrides`: from nothing, or `shared`, with the lock, cache and store of this repository."""
     folder.mkdir(parents=True, exist_ok=True)
-    ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
     for name in ("gad", "notebooks"):
-        shutil.copytree(ROOT / name, folder / name, ignore=ignored, dirs_exist_ok=True)
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(*SCRATCH), dirs_exist_ok=True)
     for name in ("dvc.yaml", ".dvcignore", "CITATION.cff", *(["dvc.lock"] if shared else [])):
         shutil.copy(ROOT / name, folder)
-    params = _merged(yaml.safe_load((ROOT / "params.yaml").read_text()), overrides)
-    there = params["grid"]["backbones"]
-    params["published"] = {k: v for k, v in (params.get("published") or {}).items() if v["backbone"] in there}
-    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    params = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"published": {}}
+    (folder / "params.yaml").write_text(yaml.safe_dump(_merged(params, overrides), sort_keys=False))
     config = "[core]\n    no_scm = true\n    analytics = false\n"
     if shared:
         config += f"    remote = store\n['remote \"store\"']\n    url = {paths.DATA / 'store'}\n"
@@ -288,6 +287,14 @@ def sandbox(folder: Path, overrides: dict, shared: bool = False) -> Path:
     (folder / ".dvc").mkdir(exist_ok=True)
     (folder / ".dvc/config").write_text(config)
     return folder
+
+
+def _written(folder: Path) -> dict[Path, bytes]:
+    """What `sandbox` writes and no run changes, by its place in `folder`."""
+    found = [folder / "dvc.yaml", folder / "params.yaml", *(folder / "gad").rglob("*"),
+             *(folder / "notebooks").rglob("*")]
+    places = [f.relative_to(folder) for f in found if f.is_file()]
+    return {place: (folder / place).read_bytes() for place in places if not {*SCRATCH} & {*place.parts}}
 
 
 def _merged(a: dict, b: dict) -> dict:
@@ -309,18 +316,25 @@ def smoke(jobs: int = 2):
         _within(sandbox(Path(name), overrides), "reproduce", "--jobs", jobs)
 
 
-def demo(jobs: int = 2, backbone: str = "sana"):
-    """One student without and one with GAD from the shipped teacher, in `demo/`: a table and a picture."""
+def demo(jobs: int = 2, backbone: str | None = None):
+    """One student without and one with GAD from the shipped teacher, in `demo/`: a table and a picture. `backbone`:
+    None for the grid's last."""
     p, folder = load(), ROOT / "demo"
+    backbone = backbone or p.grid.backbones[-1]
     if backbone not in p.grid.backbones:
         raise PipelineError(f"--backbone {backbone}: the grid has {', '.join(p.grid.backbones)}")
     if not (ROOT / "dvc.lock").exists():
         raise PipelineError("there is no dvc.lock, so no teacher: run `make reproduce` first")
     _without_outputs()
-    if not (folder / PENDING.relative_to(ROOT)).exists():  # else it was interrupted, and goes on
+    grid = {"backbones": [backbone], "paradigms": p.grid.paradigms[:1], "variants": ["base", "gad"]}
+    only = {"grid": grid, "further": ALONE, "seeds": {"distill": p.seeds.distill[:1]}}
+    with tempfile.TemporaryDirectory() as name:
+        same = _written(folder) == _written(sandbox(Path(name), only, shared=True))
+    begun = (folder / PENDING.relative_to(ROOT)).exists()
+    if begun and not same:
+        print("what was interrupted in demo/ is not what is asked for now: it starts over", flush=True)
+    if not (begun and same):
         shutil.rmtree(folder, ignore_errors=True)
-        grid = {"backbones": [backbone], "paradigms": p.grid.paradigms[:1], "variants": ["base", "gad"]}
-        only = {"grid": grid, "further": ALONE, "seeds": {"distill": p.seeds.distill[:1]}}
         sandbox(folder, only, shared=True)
     _within(folder, "reproduce", "--jobs", jobs, "--fresh", "students")
     print((folder / "reports/tables/table1.md").read_text())

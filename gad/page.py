@@ -18,9 +18,10 @@ from PIL import Image
 from . import paths
 from .claims import CLAIMS
 from .params import ROOT, Params
+from .tables import worlds
 
 FIRST = "before_after"
-ORDER = ("summary", "teachers", *(f"table{i}" for i in range(1, 7)))  # others follow by name
+ORDER = ("summary", "teachers", "table1", "chains", *(f"table{i}" for i in range(2, 7)))  # others follow by name
 MEASURED = {  # the stages, * for their further blocks, that measure a result; keys of params.yaml that say on how much
     "teachers": ("teacher", "teacher.prompts"),
     "summary": ("evaluate", "evaluation.prompts evaluation.noises evaluation.quality_prompts"),
@@ -32,6 +33,8 @@ MEASURED = {  # the stages, * for their further blocks, that measure a result; k
     "table6": ("references use*", "uses.library uses.picks uses.query uses.seeds uses.prompts"),
     "figure2": ("diagnose distill evaluate", "evaluation.prompts endpoints.probes"),
     "figure5": ("references use*", "uses.seeds uses.prompts"),
+    "chains": ("nearby chain", "evaluation.prompts evaluation.noises nearby.sizes"),
+    "nearby": ("nearby chain evaluate", "evaluation.prompts evaluation.noises nearby.sizes"),
     "layout": ("references use", "uses.layouts uses.evals uses.scale uses.sweep uses.draws"),
     "precision": ("diagnose", ""),
     "seeds": ("references use", "uses.seeds uses.prompts"),
@@ -39,7 +42,7 @@ MEASURED = {  # the stages, * for their further blocks, that measure a result; k
     **dict.fromkeys(("samples", FIRST), ("evaluate", "evaluation.prompts")),
 }
 LONG = 8  # rows; a longer table is folded, unless it is its section's first
-FIGURES = {  # alternative text, caption
+FIGURES = {  # alternative text, caption; what stands in braces depends on the worlds that are drawn
     "world": ("Coloured shapes on plain grounds, with captions.", "The world that stands for photographs."),
     FIRST: ("Bars of JVP cosines by backbone, without and with GAD; pictures of the same noises by all three models.",
             "JVP cosine with the teacher, with intervals; the same noises through the teacher and both students."),
@@ -47,27 +50,37 @@ FIGURES = {  # alternative text, caption
                 "Values and tangents: of the local map over noise levels, with intervals; of noise to image over "
                 "training, of few noises, where Table 1 has many; upright lines at the end are the finished students' "
                 "intervals. Line with its interval: the teacher at another guidance scale."),
-    "figure5": ("Points of two Vendi scores, of features and of places, against CLIP, a column a backbone, with arrows "
-                "from without to with GAD.",
-                "Diversity against fidelity; an arrow leads from a student without GAD to the one with it. Above, by "
-                "the judge's features: these count flaws as variety, and the world's own images, dashed, have none: "
-                "a lower score may mean fewer flaws. Below, by the places of objects alone: the variety that a "
-                "prompt leaves open; images that lack an object are left out, which lowers it."),
+    "figure5": ("Points of {vendi} against CLIP, a column a backbone, with arrows from without to with GAD.",
+                "Diversity against fidelity; an arrow leads from a student without GAD to the one with it."),
+    "nearby": ("Above, points of JVP cosines against value errors with the teacher's own curve, a panel a backbone; "
+               "below, two JVP cosines a student joined by a line.",
+               "Where the cosine is lost. Above, tangents against values: students, and the teacher against itself at "
+               "noises nearby, of as different values. Below: the cosine along a student's own path, Table 1's, and "
+               "along its teacher's path (hollow), where its steps begin at the teacher's states. Without intervals "
+               "below: the table has them."),
     "layout": ("Curves of AP50 against CLIP over the size of a guided move, a panel a backbone, a line a model.",
                "Layout control against fidelity to the prompt, from no guidance (hollow) to the largest move. "
                "Control that costs nothing would go straight up. AP50 is against the boxes, CLIP with the prompt; both "
                "have their intervals."),
-    "students": ("Points with intervals, a row a student: JVP cosine on the left, scene accuracy on the right.",
+    "students": ("Points with intervals, a row a student: JVP cosine on the left, {fit} on the right.",
                  "Every student, those with something else in GAD's place too, between floors and teacher."),
-    "seeds": ("Columns of small scenes, six seeds down, by teacher and students, of one prompt a backbone.",
+    "seeds": ("Columns of {pictures}, six seeds down, by teacher and students, of one prompt a backbone.",
               "The same six seeds down the rows: teacher, students without and with GAD, under the prompt above them."),
-    "samples": ("Rows of small scenes in pairs, teacher above student, for every backbone without and with GAD.",
+    "samples": ("Rows of {pictures} in pairs, teacher above student, for every backbone without and with GAD.",
                 "The same prompts and noises through teacher (above) and student (below)."),
     "precision": ("Curves of reported cosines against the size of a difference and against the true cosine.",
                   "What finite differences report, by size and precision (left), and of students whose true cosine is "
                   "known, the teacher with noise on its weights (right): means of few noises, without intervals. "
                   "Dotted: the released size, the paper's values."),
 }
+MINI = {  # what captions say besides, where the miniature world is drawn
+    "figure5": " Above, by the judge's features: these count flaws as variety, and the world's own images, dashed, "
+               "have none: a lower score may mean fewer flaws. Below, by the places of objects alone: the variety that "
+               "a prompt leaves open, of as many images with all colours for every model, over the prompts that have "
+               "so many.",
+}
+FITS = {"mini": "scene accuracy", "coco": "PickScore"}
+ONE_SEED = (FIRST, "figure2", "nearby", "students", "samples", "seeds")  # they show students of the first seed alone
 ITEM = re.compile(r"\$\{item\.(\w+)\}")  # in a stage's keys
 MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table")
 
@@ -171,6 +184,25 @@ def _meet(dep: str, out: str) -> bool:
     return a.is_relative_to(b) or b.is_relative_to(a)
 
 
+def captions(p: Params) -> dict[str, tuple[str, str]]:
+    """FIGURES that are of these worlds and seeds, and what they say of them."""
+    there, (seed, *more), found = worlds(p), p.seeds.distill, {}
+    words = {
+        "fit": " or ".join(FITS[world] for world in sorted(there, reverse=True)),
+        "pictures": "small scenes" if there == {"mini"} else "images",
+        "vendi": "two Vendi scores, of features and of places," if "mini" in there else "the Vendi score of features",
+    }
+    for name, texts in FIGURES.items():
+        alt, caption = (text.format(**words) for text in texts)
+        caption += MINI.get(name, "") if "mini" in there else ""
+        if more and name in ONE_SEED:
+            caption += f" Students of distillation seed {seed} alone, where tables have all."
+        found[name] = alt, caption
+    if "mini" not in there:
+        del found["world"]
+    return found
+
+
 def write(p: Params) -> Path:
     """reports/index.html; returns its path."""
     stages = graph(p)
@@ -189,7 +221,8 @@ def write(p: Params) -> Path:
     overview = [s for s in claims if s.table and "difference" not in s.table.head]
     path = paths.REPORTS / "index.html"
     path.write_text(environment.get_template("page.html.j2").render(
-        p=p, stages=stages, maker=maker, rule=claims[0].parts, long=LONG, first=FIRST,
+        p=p, small=[b for b in p.grid.backbones if p.backbones[b].world == "mini"],
+        stages=stages, maker=maker, rule=claims[0].parts, long=LONG, first=FIRST,
         claims=judged(claims, {claim.text: claim.edges(p) for claim in CLAIMS}),
         overview=overview, counts=counted(overview),
         tables={f.stem: parse(f.read_text()) for f in texts}, csv={f.stem for f in paths.TABLES.glob("*.csv")},
@@ -197,6 +230,6 @@ def write(p: Params) -> Path:
             n: ([s for s in stages if any(fnmatch(s, x) for x in by.split())],
                 [(k, reduce(getattr, k.split("."), p)) for k in keys.split()]) for n, (by, keys) in MEASURED.items()
         },
-        figures={n: (*pictures[n], *FIGURES[n]) for n in FIGURES if n in pictures},
+        figures={n: (*pictures[n], *texts) for n, texts in captions(p).items() if n in pictures},
         paper=yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]) + "\n")
     return path

@@ -38,8 +38,24 @@ Precision = Annotated[  # a bare `no` is false in YAML 1.1, and a string to DVC,
 ]
 
 
+TOGETHER = {"unrelated": 2, "rkd": 3, "similarity": 2}  # forms of GAD that are of samples together: the fewest of them
+
+
 def _fail(message):
     raise ValueError(message)
+
+
+def _wrong(key: str, value: float) -> str | None:
+    """What is wrong with a paradigm's setting, by its name."""
+    if not math.isfinite(value):
+        return "must be a finite number"
+    if (key == "lr" or key.endswith("_lr")) and value <= 0:
+        return "must be greater than 0"
+    if key in ("steps", "ratio", "solver", "rank") and (value < 1 or not value.is_integer()):
+        return "must be a whole number, 1 or more"
+    if key == "beta1" and not 0 <= value < 1:
+        return "must be at least 0 and less than 1"
+    return None
 
 
 class _Section(BaseModel):
@@ -278,6 +294,10 @@ class Evaluation(_Section):
         return 2 * self.batch
 
 
+class Nearby(_Section):
+    sizes: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)]
+
+
 class Judge(_Section):
     """Training of the world's OpenCLIP model."""
 
@@ -291,9 +311,9 @@ class Judge(_Section):
 class Uses(_Section):
     """Sizes of Tables 2, 3, 5, 6 and Figure 5."""
 
-    seeds: Annotated[int, Field(ge=2)]
+    seeds: Annotated[int, Field(ge=3)]
     prompts: Annotated[int, Field(ge=2)]
-    train: PositiveInt
+    train: Annotated[int, Field(ge=2)]  # Table 2 also learns from half of them
     fit: PositiveInt
     library: PositiveInt
     picks: PositiveInt
@@ -310,6 +330,9 @@ class Uses(_Section):
             raise ValueError(f"train={self.train} leaves none of prompts={self.prompts} to test on: lower it")
         if self.query > self.prompts:
             raise ValueError(f"query={self.query} is more than prompts={self.prompts}: lower it")
+        if self.library < 2 * self.picks:
+            least = 2 * self.picks
+            raise ValueError(f"library={self.library} is less than twice picks={self.picks}: make it {least} or more")
         return self
 
 
@@ -346,6 +369,7 @@ class Params(_Section):
     hardware: Hardware = Hardware()
     paradigms: dict[str, dict[str, float]]
     evaluation: Evaluation
+    nearby: Nearby
     judge: Judge
     uses: Uses
     report: Report
@@ -388,9 +412,8 @@ class Params(_Section):
                 raise ValueError(f"published.{key}: its key must be its students' name: write {name}")
         if self.hardware.shard and self.distill.optimiser == "adamw8bit":
             raise ValueError("hardware.shard=True: 8-bit moments cannot be shared out: set distill.optimiser to adamw")
-        exact = [k for k, term in {"gad": self.gad, **self.controls}.items() if term.lam and term.scheme == "exact"]
-        if self.hardware.shard and exact:
-            raise ValueError(f"hardware.shard=True: exact JVPs need whole networks: set {exact[0]}.scheme to forward")
+        self._check_terms()
+        self._check_paradigms()
         runs = self.runs()
         if twice := [run for i, run in enumerate(runs) if run in runs[:i]]:
             raise ValueError(f"further: {twice[0]} is a student twice: take it out of one of its blocks")
@@ -409,6 +432,29 @@ class Params(_Section):
                 where = ".".join(("backbones", name, "pretrain", *map(str, first["loc"])))
                 raise ValueError(f"{where}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
         return self
+
+    def _check_terms(self):
+        terms = {"gad": self.gad} | {f"controls.{name}": control for name, control in self.controls.items()}
+        for key, term in terms.items():
+            if not term.lam:
+                continue
+            for switch, why in (("shard", "need whole networks"), ("checkpointing", "cannot make activations anew")):
+                if term.scheme == "exact" and getattr(self.hardware, switch):
+                    raise ValueError(f"hardware.{switch}=True: exact JVPs {why}: set {key}.scheme to forward")
+            if term.pairs < (least := TOGETHER.get(term.form, 1)):
+                fix = f"make it {least} or more"
+                raise ValueError(f"{key}.pairs={term.pairs}: `{term.form}` is of several samples: {fix}")
+
+    def _check_paradigms(self):
+        for name, settings in self.paradigms.items():
+            if "lr" not in settings:
+                raise ValueError(f"paradigms.{name}.lr is missing: add it")
+            for key, value in settings.items():
+                if wrong := _wrong(key, value):
+                    raise ValueError(f"paradigms.{name}.{key}={value:g} {wrong}")
+            for variant, control in self.controls.items():
+                if self.steps(name, variant) < 1:
+                    raise ValueError(f"controls.{variant}.longer={control.longer:g} leaves {name} no step: raise it")
 
     def teacher_of(self, backbone: str) -> Teacher:
         """The `teacher` section with the backbone's own `pretrain` values over it."""
@@ -518,7 +564,8 @@ def validate(data: dict, where: str = "params.yaml") -> Params:
             value = e["input"]
             if e["type"] == "value_error":
                 text = str(e["ctx"]["error"])
-                lines.append(f"{where}: {text}" if key == "params" else f"{where}: {key}={value!r} {text}")
+                name = "" if key == "params" else f"{key}: " if isinstance(value, dict) else f"{key}={value!r} "
+                lines.append(f"{where}: {name}{text}")
             elif e["type"] == "extra_forbidden":
                 lines.append(f"{where}: {key}={value!r} is not a key of this section: remove or rename it")
             elif e["type"] == "missing":

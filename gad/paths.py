@@ -42,6 +42,14 @@ def result(run: Run):
     return DATA / "results" / f"{run}.json"
 
 
+def nearby(backbone: str):
+    return DATA / "nearby" / backbone
+
+
+def chain(run: Run):
+    return DATA / "chains" / f"{run}.json"
+
+
 def judge():
     return DATA / "judge"
 

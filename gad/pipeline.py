@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
             if name == "reproduce":
                 command.add_argument("--fresh", choices=("students", "all", "1"), help="run them again")
             if name == "demo":
-                command.add_argument("--backbone", default="sana")
+                command.add_argument("--backbone", help="of the students (the grid's last)")
     args = parser.parse_args(argv)
     try:
         if "source" in args:

@@ -1,6 +1,7 @@
 """The figures, from cached results alone. One colour a method, 95 % intervals over prompts."""
 
 from itertools import cycle
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,10 +14,31 @@ from .benches import BENCHES
 from .evaluation.geometry import bootstrap
 from .evaluation.precision import PUBLISHED
 from .params import Params, Run
-from .tables import uses
+from .tables import chains, uses
 from .world import scenes
 
 COLOURS = {"teacher": "#444444", "base": "#0173b2", "gad": "#de8f05"}
+
+
+class Style(NamedTuple):
+    """What tells one paradigm from another, where colours tell variants."""
+
+    line: str | tuple
+    beside: str | tuple  # the line in a panel whose solid one is the teacher's
+    marker: str
+    hatch: str
+
+
+STYLES = (
+    Style("-", "--", "s", ""),
+    Style("--", "-.", "o", "////"),
+    Style(":", ":", "D", "...."),
+    Style("-.", (0, (8, 2)), "^", "xxxx"),
+    *(Style((0, dashes), (0, dashes), marker, hatch) for dashes, marker, hatch in (
+        ((4, 1, 1, 1, 1, 1), "v", "----"), ((8, 2, 3, 2), "P", "||||"), ((1, 4), "<", "++++"), ((3, 5), "X", "oooo"),
+        ((8, 2, 1, 2, 1, 2), ">", "****"), ((4, 1, 4, 1, 1, 1), "d", "OOOO"),
+    )),
+)
 
 
 def use_style():
@@ -29,7 +51,7 @@ def write(p: Params) -> list:
     use_style()
     paths.FIGURES.mkdir(parents=True, exist_ok=True)
     made = []
-    for draw in (world, figure2, figure5, layout, published, samples, seeds, before_after, students):
+    for draw in (world, figure2, nearby, figure5, layout, published, samples, seeds, before_after, students):
         figure = draw(p)
         name = {"published": "precision"}.get(draw.__name__, draw.__name__)
         made.append(paths.FIGURES / f"{name}.png")
@@ -47,7 +69,7 @@ def preview(name: str, width: int = 1100) -> Image.Image:
 
 
 def world(p: Params):
-    """Sixteen scenes with their captions."""
+    """Twelve scenes of the miniature world with their captions."""
     drawn = scenes.sample(12, p.seeds.world, "test")
     figure, axes = plt.subplots(2, 6, figsize=(10, 4.2))
     for ax, image, text in zip(axes.flat, drawn.render(), drawn.captions(), strict=True):
@@ -60,14 +82,20 @@ def world(p: Params):
     return figure
 
 
+def _styles(p: Params) -> dict[str, Style]:
+    """By paradigm, the same in every figure."""
+    return dict(zip(dict.fromkeys(r.paradigm for r in p.runs()), cycle(STYLES), strict=False))
+
+
 def _runs(p: Params, backbone: str):
     """The grid's students on a backbone, of the first seed."""
     return [r for r in p.grid.runs(p.seeds.distill[:1]) if r.backbone == backbone]
 
 
-def _interval(p: Params, values, key: str):
+def _interval(p: Params, values, key: str, noises: int = 1):
+    """Of `noises` values a prompt."""
     values, summary = np.asarray(values), tables.SUMMARY[key]
-    return bootstrap(lambda i: summary(values[i]), np.arange(len(values)), p.report.bootstrap)
+    return bootstrap(lambda i: summary(values[i]), np.arange(len(values)) // noises, p.report.bootstrap)
 
 
 def _across(ax, stats, label: str, ls="-", upright=False):
@@ -85,14 +113,14 @@ def _cross(ax, x, y, colour):
 
 def figure2(p: Params):
     """Values match, tangents don't: over noise levels (left) and over training (right), a row a backbone."""
-    n, lines = len(p.grid.backbones), dict(zip(p.grid.paradigms, cycle(("-", "--", ":", "-.")), strict=False))
+    n, lines = len(p.grid.backbones), {name: style.line for name, style in _styles(p).items()}
     figure, axes = plt.subplots(n, 4, figsize=(12, 2.5 * n), squeeze=False, sharex="col")
     for row, backbone in zip(axes, p.grid.backbones, strict=True):
         for number, run in enumerate(_runs(p, backbone)):
             result, colour, name = tables.read(paths.result(run)), COLOURS[run.variant], tables.label(run)
-            levels = [float(k) for k in result["local"]]
+            levels, noises = [float(k) for k in result["local"]], p.evaluation.noises
             for ax, key in zip(row[:2], ("value", "cos"), strict=True):
-                stats = np.array([_interval(p, result["local"][k][key], key) for k in result["local"]])
+                stats = np.array([_interval(p, at[key], key, noises) for at in result["local"].values()])
                 ax.plot(levels, stats[:, 0], marker="o", ls=lines[run.paradigm], ms=3, color=colour, label=name)
                 ax.fill_between(levels, stats[:, 1], stats[:, 2], color=colour, alpha=0.2, lw=0)
             probes = pd.read_csv(paths.probe(run))
@@ -103,7 +131,8 @@ def figure2(p: Params):
                 ax.vlines(at, last[f"{key}_low"], last[f"{key}_high"], color=colour, ls=lines[run.paradigm], lw=1.2)
         floors = tables.read(paths.diagnosis(backbone) / "floors.json")
         for ax, key in zip(row[2:], ("value", "cos"), strict=True):
-            _across(ax, _interval(p, floors["teacher, CFG + 1"][key], key), "teacher, guidance scale + 1")
+            its = _interval(p, floors["teacher, CFG + 1"][key], key, p.evaluation.noises)
+            _across(ax, its, "teacher, guidance scale + 1")
         for values, cosines in (row[:2], row[2:]):
             values.set_yscale("log")
             cosines.set_ylim(0, 1)
@@ -120,14 +149,15 @@ def figure2(p: Params):
     for ax in axes[-1, 2:]:
         ax.set_xlabel("training step")
     figure.tight_layout()
-    _legend_below(figure, axes[0, 3], len(p.grid.paradigms))
+    _legend_below(figure, axes[0, 3:], len(p.grid.paradigms))
     return figure
 
 
-def _legend_below(figure, ax, rows: int):
-    """One legend for all panels, entries read down columns of `rows` at most."""
-    handles, names = ax.get_legend_handles_labels()
-    shown = dict(zip(names, handles, strict=True))
+def _legend_below(figure, axes, rows: int):
+    """One legend for all panels, of what `axes` show, entries read down columns of `rows` at most."""
+    shown = {}
+    for handles, names in sorted((ax.get_legend_handles_labels() for ax in axes), key=lambda x: -len(x[1])):
+        shown |= dict(zip(names, handles, strict=True))
     figure.legend(shown.values(), shown.keys(), frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0),
                   ncols=max(1, -(-len(shown) // max(1, rows))))
 
@@ -138,20 +168,23 @@ VENDI = {"vendi": "Vendi score\nof the judge's features", "layout_vendi": "Vendi
 def figure5(p: Params):
     """Vendi scores against CLIP, a column a backbone: arrows from a student without to the one with GAD; a marker a
     paradigm. The judge's features count flaws as variety, of which the world's own images have none; of places the
-    world's own score is what there is to reach."""
+    world's own score is what there is to reach. No panel where a backbone's world has no such score."""
     backbones, n = p.grid.backbones, p.report.bootstrap
     found = {b: uses.models(p, b) for b in backbones}
-    keys = [k for k in VENDI if any(k in r["diversity"] for models in found.values() for r in models.values())]
+    keys = [k for k in VENDI if any(k in models["teacher"]["diversity"] for models in found.values())]
     figure, axes = plt.subplots(len(keys), len(backbones), figsize=(3.6 * len(backbones), 0.4 + 2.7 * len(keys)),
                                 squeeze=False, sharex="col")
-    markers = dict(zip(p.names, cycle("osD^vP<X>d"), strict=False))
+    styles = _styles(p)
     for column, backbone in zip(axes.T, backbones, strict=True):
         own = found[backbone]
         shown = {"teacher": ("*", COLOURS["teacher"])} | {
-            tables.label(run): (markers[run.paradigm], COLOURS[run.variant])
+            tables.label(run): (styles[run.paradigm].marker, COLOURS[run.variant])
             for run in p.runs() if run.backbone == backbone and tables.label(run) in own
         }
         for ax, key in zip(column, keys, strict=True):
+            if key not in own["teacher"]["diversity"]:
+                ax.set_visible(False)
+                continue
             at = {}
             for name, (marker, colour) in shown.items():
                 result = own[name]
@@ -164,12 +197,14 @@ def figure5(p: Params):
             for name, end in at.items():
                 if name.endswith(" + GAD") and (start := at.get(name.removesuffix(" + GAD"))):
                     ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": COLOURS["gad"], "lw": 1.2})
-        column[0].set_title(backbone, fontsize=9)
-        column[-1].set_xlabel("CLIP")
+        there = [ax for ax in column if ax.get_visible()]
+        there[0].set_title(backbone, fontsize=9)
+        there[-1].set_xlabel("CLIP")
+        there[-1].tick_params(labelbottom=True)
     for row, key in zip(axes, keys, strict=True):
-        row[0].set_ylabel(VENDI[key])
+        next(ax for ax in row if ax.get_visible()).set_ylabel(VENDI[key])
     figure.tight_layout()
-    _legend_below(figure, max(axes[0], key=lambda ax: len(ax.get_legend_handles_labels()[0])), 2)
+    _legend_below(figure, axes[0], 2)
     return figure
 
 
@@ -178,10 +213,12 @@ def layout(p: Params):
     backbones = p.grid.backbones
     found = uses.long(p, ("table5",))["table5"].set_index(["backbone", "model", "metric"])
     figure, axes = plt.subplots(1, len(backbones), figsize=(3.6 * len(backbones), 3.2), squeeze=False, sharey=True)
-    lines = dict(zip(p.grid.paradigms, cycle((("--", "s"), ("-.", "o"), (":", "D"))), strict=False))
+    styles = _styles(p)
     for ax, backbone in zip(axes[0], backbones, strict=True):
         shown = {"teacher": ("-", "*", COLOURS["teacher"])}
-        shown |= {tables.label(r): (*lines[r.paradigm], COLOURS[r.variant]) for r in _runs(p, backbone)}
+        for run in _runs(p, backbone):
+            style = styles[run.paradigm]
+            shown[tables.label(run)] = style.beside, style.marker, COLOURS[run.variant]
         for name, (line, marker, colour) in shown.items():
             x, y = (found.loc[[(backbone, name, f"{how}, {k}") for how in uses.moves(p).values()],
                               ["value", "low", "high"]].to_numpy() for k in ("CLIP", "AP50"))
@@ -194,7 +231,41 @@ def layout(p: Params):
         ax.set_xlabel("CLIP")
     axes[0, 0].set_ylabel("AP50")
     figure.tight_layout()
-    _legend_below(figure, axes[0, 0], 2)
+    _legend_below(figure, axes[0, :1], 2)
+    return figure
+
+
+def nearby(p: Params):
+    """Where the cosine is lost. Above: tangents against values, the teacher's own at noises nearby (line) and students;
+    below: students' cosines along their own path, and along their teacher's (hollow)."""
+    backbones, styles = p.grid.backbones, _styles(p)
+    long = chains.chains(p, p.seeds.distill[:1]).set_index(["backbone", "model", "metric"])[["value", "low", "high"]]
+    number = max(len(_runs(p, b)) for b in backbones)
+    figure, axes = plt.subplots(2, len(backbones), figsize=(3.6 * len(backbones), 3.6 + 0.22 * number), squeeze=False,
+                                sharey="row", height_ratios=(2.8, 0.6 + 0.22 * number))
+    for (above, below), backbone in zip(axes.T, backbones, strict=True):
+        near = [f"teacher, ε = {size}" for size in sorted(p.nearby.sizes)]
+        value, cos = (np.array([long.loc[backbone, model, key] for model in near]) for key in ("value", "cos"))
+        above.plot(value[:, 0], cos[:, 0], "-*", color=COLOURS["teacher"], lw=1, label="teacher, at noises nearby")
+        above.fill_between(value[:, 0], cos[:, 1], cos[:, 2], color=COLOURS["teacher"], alpha=0.1, lw=0)
+        for y, run in enumerate(_runs(p, backbone)):
+            name, colour, marker = tables.label(run), COLOURS[run.variant], styles[run.paradigm].marker
+            found = tables.read(paths.result(run))["endpoint"]
+            at = [_interval(p, found[key], key, p.evaluation.noises) for key in ("value", "cos")]
+            _cross(above, *at, colour)
+            above.plot(at[0][0], at[1][0], marker, ms=5, color=colour, label=name)
+            own, path = (long.loc[(backbone, name, key), "value"] for key in (chains.OWN, chains.PATH))
+            below.plot([own, path], [y, y], "-", color=colour, lw=1, alpha=0.5)
+            below.plot(own, y, marker, ms=5, color=colour)
+            below.plot(path, y, marker, ms=5, color=colour, mfc="white")
+        above.set_title(backbone, fontsize=9)
+        above.set(xscale="log", xlabel="value error, relative, median", ylim=(0, 1))
+        runs = _runs(p, backbone)
+        below.set(yticks=range(len(runs)), yticklabels=map(tables.label, runs), xlim=(0, 1),
+                  xlabel="JVP cosine: own path, teacher's path (hollow)", ylim=(len(runs) - 0.5, -0.5))
+    axes[0, 0].set_ylabel("JVP cosine with the teacher")
+    figure.tight_layout()
+    _legend_below(figure, axes[0, :1], 2)
     return figure
 
 
@@ -279,16 +350,17 @@ def before_after(p: Params):
     rows = []
     for backbone in backbones:
         for run in _runs(p, backbone):
-            value, low, high = _interval(p, tables.read(paths.result(run))["endpoint"]["cos"], "cos")
+            cosines = tables.read(paths.result(run))["endpoint"]["cos"]
+            value, low, high = _interval(p, cosines, "cos", p.evaluation.noises)
             rows.append((backbone, run, value, low, high))
     variants = list(dict.fromkeys((r.paradigm, r.variant) for _, r, *_ in rows))
-    width, hatches = 0.8 / len(variants), dict(zip(p.grid.paradigms, cycle(("", "////", "....")), strict=False))
+    width, styles = 0.8 / len(variants), _styles(p)
     for k, (paradigm, variant) in enumerate(variants):
         part = [r for r in rows if (r[1].paradigm, r[1].variant) == (paradigm, variant)]
         x = np.array([backbones.index(r[0]) for r in part]) + (k - (len(variants) - 1) / 2) * width
         v, a, b = np.array([r[2:] for r in part]).T
         left.bar(x, v, width, yerr=[v - a, b - v], color=COLOURS[variant], capsize=2, error_kw={"lw": 0.8},
-                 hatch=hatches[paradigm], edgecolor="white", lw=0.3, label=tables.label(part[0][1]))
+                 hatch=styles[paradigm].hatch, edgecolor="white", lw=0.3, label=tables.label(part[0][1]))
     left.set(xticks=range(len(backbones)), xticklabels=backbones, ylabel="JVP cosine with the teacher", ylim=(0, 1))
     left.legend(frameon=False, fontsize=6 if len(variants) > 2 else 7, ncols=len(variants) // 2)
     shown = backbones[-1]
@@ -310,21 +382,25 @@ def before_after(p: Params):
 
 
 def students(p: Params):
-    """Every student, those beside the grid too: JVP cosine and scene accuracy, between untrained and teacher."""
-    runs = {b: [r for r in p.runs() if r.backbone == b and r.seed == p.seeds.distill[0]] for b in p.grid.backbones}
-    heights = [len(r) for r in runs.values()]
-    figure, axes = plt.subplots(len(runs), 2, figsize=(8.5, 1.2 + 0.26 * sum(heights)), squeeze=False, sharex="col",
+    """Every student, those beside the grid too: JVP cosine and how well images fit, between untrained and teacher. Of
+    several seeds the first, of published checkpoints all."""
+    first = [r for r in p.runs() if r.seed == p.seeds.distill[0] or str(r) in p.published]
+    runs = {b: [r for r in first if r.backbone == b] for b in p.grid.backbones}
+    heights, shared = [len(r) for r in runs.values()], len(tables.worlds(p)) == 1  # scales differ between worlds
+    size = 1.2 + 0.26 * sum(heights) + (0 if shared else 0.4 * len(runs))
+    figure, axes = plt.subplots(len(runs), 2, figsize=(8.5, size), squeeze=False, sharex="col" if shared else False,
                                 sharey="row", height_ratios=heights)
     for row, (backbone, own) in zip(axes, runs.items(), strict=True):
         for y, run in enumerate(own):
             result = tables.read(paths.result(run))
-            for ax, values in zip(row, (result["endpoint"]["cos"], tables.fit(result)), strict=True):
-                value, low, high = _interval(p, values, "cos")  # both are means
+            measured = (result["endpoint"]["cos"], p.evaluation.noises), (tables.fit(result), 1)
+            for ax, (values, noises) in zip(row, measured, strict=True):
+                value, low, high = _interval(p, values, "cos", noises)  # both are means
                 ax.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", ms=4, capsize=2, lw=1,
                             color=COLOURS.get(run.variant, "#949494"))
         floors = tables.read(paths.diagnosis(backbone) / "floors.json")
         for name, style in (("untrained student", ":"), ("teacher, CFG + 1", "--")):
-            _across(row[0], _interval(p, floors[name]["cos"], "cos"), name, style, upright=True)
+            _across(row[0], _interval(p, floors[name]["cos"], "cos", p.evaluation.noises), name, style, upright=True)
         teacher = tables.fit(tables.read(paths.teacher_metrics(backbone)))
         _across(row[1], _interval(p, teacher, "cos"), "teacher", upright=True)
         row[0].set_yticks(range(len(own)), [tables.label(r) for r in own])
@@ -333,8 +409,9 @@ def students(p: Params):
         row[0].set_xlim(0, 1)
         if "scene" in result["quality"]:
             row[1].set_xlim(0, 1)
+        if not shared or backbone == p.grid.backbones[-1]:
+            row[1].set_xlabel("scene accuracy" if "scene" in result["quality"] else "PickScore")
     axes[-1, 0].set_xlabel("JVP cosine with the teacher, z → x0")
-    axes[-1, 1].set_xlabel("scene accuracy" if "scene" in result["quality"] else "PickScore")
     for name, colour in (("base", COLOURS["base"]), ("GAD", COLOURS["gad"]), ("another variant", "#949494")):
         axes[0, 1].plot([], [], "o", ms=4, color=colour, label=name)
     for ax in axes[0]:

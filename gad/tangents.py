@@ -14,13 +14,18 @@ from tqdm.auto import tqdm
 from .backbones import Backbone, Condition
 
 
+def rows(cond: Condition, i: Tensor) -> Condition:
+    """`cond[i]` on the device of `i`. Conditions are kept on the CPU: T5's would fill an accelerator."""
+    return cond[i.to(cond.mask.device)].to(i.device)
+
+
 @dataclass(frozen=True)
 class Tangents:
     """N paths of a teacher from noise to image, at K + 1 times.
 
     states, responses (N, K + 1, C, H, W): each state of a path, and its exact response to a change of the noise.
     The first are the noise `z` and its direction `v`, the last the endpoint `x0` and `jv = J_T(z) v`.
-    `cond`: the prompts' conditions.
+    `cond`: the prompts' conditions, on the CPU; those of a part (`[i]`) are where its states are.
     """
 
     states: Tensor
@@ -36,12 +41,13 @@ class Tangents:
         return len(self.states)
 
     def __getitem__(self, i) -> "Tangents":
-        return Tangents(self.states[i], self.responses[i], self.cond[i])
+        i = torch.arange(len(self), device=self.states.device)[i]
+        return Tangents(self.states[i], self.responses[i], rows(self.cond, i))
 
     @staticmethod
     def inputs(backbone: Backbone, prompts: list[str], seeds: tuple[int, int]) -> tuple[Tensor, Tensor, Condition]:
         """(z, v, cond): what a file need not hold."""
-        return *(backbone.noise(len(prompts), seed) for seed in seeds), backbone.encode(prompts)
+        return *(backbone.noise(len(prompts), seed) for seed in seeds), backbone.encode(prompts, device="cpu")
 
     def save(self, path: Path, prompts: list[str], seeds: tuple[int, int], dtype=torch.float32):
         """All but `z`, `v` and `cond`, which follow from `seeds` and `prompts`, in `dtype`."""
@@ -49,19 +55,27 @@ class Tangents:
         for name, value in kept.items():
             if not torch.isfinite(value).all():
                 raise ValueError(f"the teacher's {name} have values that {dtype} cannot hold")
-        save_file(kept, path, {"prompts": json.dumps(prompts), "seeds": json.dumps(seeds)})
+        save_file(kept, path, _made(prompts=prompts, seeds=seeds))
+
+    @staticmethod
+    def source(path: Path) -> tuple[list[str], tuple[int, int]]:
+        """The prompts and seeds of a file, of which `inputs` makes noises, directions and conditions."""
+        with safe_open(path, "pt") as f:
+            made = _told(f.metadata())
+        return made["prompts"], tuple(made["seeds"])
 
     @staticmethod
     def load(path: Path, backbone: Backbone) -> "Tangents":
         """On the backbone's device, in fp32; noises from their seeds, prompts encoded anew."""
-        kept, meta = _read(path, backbone, "states", "responses")
-        *first, cond = Tangents.inputs(backbone, json.loads(meta["prompts"]), json.loads(meta["seeds"]))
+        kept, made = _read(path, backbone, "states", "responses")
+        *first, cond = Tangents.inputs(backbone, made["prompts"], made["seeds"])
         return Tangents(*(torch.cat([a[:, None], b], 1) for a, b in zip(first, kept, strict=True)), cond)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """N noises `z` and where the teacher's sampler takes them, `x0`, (N, C, H, W) each; `cond`: their prompts."""
+    """N noises `z` and where the teacher's sampler takes them, `x0`, (N, C, H, W) each; `cond`: their prompts, on the
+    CPU."""
 
     z: Tensor
     x0: Tensor
@@ -74,23 +88,24 @@ class Samples:
     @torch.no_grad()
     def make(path: Path, backbone: Backbone, prompts: list[str], seed: int, steps: int, cfg: float, batch: int = 64):
         """Draw them and save the endpoints, in fp16."""
-        z, cond, x0 = backbone.noise(len(prompts), seed), backbone.encode(prompts), []
+        z, cond, x0 = backbone.noise(len(prompts), seed), backbone.encode(prompts, device="cpu"), []
         for i in tqdm(range(0, len(z), batch), "samples of the teacher", disable=None):
-            x0.append(backbone.sample(backbone.network, z[i:i + batch], cond[i:i + batch], steps, cfg))
-        meta = {"prompts": json.dumps(prompts), "seed": str(seed)}
-        save_file({"x0": torch.cat(x0).to("cpu", torch.float16)}, path, meta)
+            c = cond[i:i + batch].to(z.device)
+            x0.append(backbone.sample(backbone.network, z[i:i + batch], c, steps, cfg))
+        save_file({"x0": torch.cat(x0).to("cpu", torch.float16)}, path, _made(prompts=prompts, seed=seed))
 
     @staticmethod
     def load(path: Path, backbone: Backbone) -> "Samples":
         """On the backbone's device, in fp32; noises from their seed, prompts encoded anew."""
-        (x0,), meta = _read(path, backbone, "x0")
-        return Samples(backbone.noise(len(x0), int(meta["seed"])), x0, backbone.encode(json.loads(meta["prompts"])))
+        (x0,), made = _read(path, backbone, "x0")
+        cond = backbone.encode(made["prompts"], device="cpu")
+        return Samples(backbone.noise(len(x0), made["seed"]), x0, cond)
 
 
 @dataclass(frozen=True)
 class Paths:
     """N paths of a teacher's sampler, without tangents: `states` (N, K + 1, C, H, W) at the student's K + 1 times, the
-    first of them the noise; `cond`: the prompts' conditions."""
+    first of them the noise; `cond`: the prompts' conditions, on the CPU."""
 
     states: Tensor
     cond: Condition
@@ -105,28 +120,38 @@ class Paths:
     ) -> "Paths":
         """Where the teacher's sampler, of `steps` steps under guidance `cfg`, takes noises z (N, C, H, W)."""
         parts = [
-            backbone.path(backbone.network, z[i:i + batch], cond[i:i + batch], steps, cfg, times.to(z.device))
-            for i in tqdm(range(0, len(z), batch), "the teacher's paths", disable=None)
+            backbone.path(backbone.network, z[j], cond[j].to(z.device), steps, cfg, times.to(z.device))
+            for j in (slice(i, i + batch) for i in tqdm(range(0, len(z), batch), "the teacher's paths", disable=None))
         ]
         return Paths(torch.cat([z[:, None], torch.cat(parts)[:, 1:]], 1), cond)
 
     def save(self, path: Path, prompts: list[str], seed: int):
         """All but the noises and `cond`, which follow from `seed` and `prompts`. In fp32: errors may be small."""
-        meta = {"prompts": json.dumps(prompts), "seed": str(seed)}
-        save_file({"states": self.states[:, 1:].cpu().contiguous()}, path, meta)
+        save_file({"states": self.states[:, 1:].cpu().contiguous()}, path, _made(prompts=prompts, seed=seed))
 
     @staticmethod
     def load(path: Path, backbone: Backbone) -> "Paths":
         """On the backbone's device; noises from their seed, prompts encoded anew."""
-        (states,), meta = _read(path, backbone, "states")
-        z = backbone.noise(len(states), int(meta["seed"]))
-        return Paths(torch.cat([z[:, None], states], 1), backbone.encode(json.loads(meta["prompts"])))
+        (states,), made = _read(path, backbone, "states")
+        z = backbone.noise(len(states), made["seed"])
+        cond = backbone.encode(made["prompts"], device="cpu")
+        return Paths(torch.cat([z[:, None], states], 1), cond)
 
 
-def _read(path: Path, backbone: Backbone, *names: str) -> tuple[list[Tensor], dict[str, str]]:
+def _made(**how) -> dict[str, str]:
+    """A file's metadata, under one key: of several safetensors writes in any order, and bytes would differ."""
+    return {"made": json.dumps(how)}
+
+
+def _told(meta: dict[str, str]) -> dict:
+    """What `_made` was given; files from before it have a key for each."""
+    return json.loads(meta["made"]) if "made" in meta else {k: json.loads(v) for k, v in meta.items()}
+
+
+def _read(path: Path, backbone: Backbone, *names: str) -> tuple[list[Tensor], dict]:
     """Tensors of a file, in fp32 on the backbone's device, and what is said of them."""
     try:
         with safe_open(path, "pt", str(backbone.device)) as f:
-            return [f.get_tensor(name).float() for name in names], f.metadata()
+            return [f.get_tensor(name).float() for name in names], _told(f.metadata())
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({error}): run the diagnose stage again") from None

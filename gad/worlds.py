@@ -1,5 +1,7 @@
 """What a backbone draws: its prompts, and how well an image fits one. A class a world; stages know no more of it."""
 
+import hashlib
+import inspect
 import json
 from collections.abc import Callable
 
@@ -13,7 +15,8 @@ Draw = Callable[[list[str]], torch.Tensor]  # images (n, 3, H, W) in [0, 1], one
 
 
 class Mini:
-    """The procedural world. `keys` of its quality: the scene as the prompt says; colours and count alone."""
+    """The procedural world. `keys` of its quality: all objects as the prompt says, its background aside; colours and
+    count alone."""
 
     keys = ("scene", "colour_count")
     batch = 128  # images drawn at a time
@@ -31,16 +34,22 @@ class Mini:
         right = detector.judge(draw(world.captions()), [world.objects(i) for i in range(n)])
         return {k: v.astype(int).tolist() for k, v in right.items()}
 
+    def hashes(self) -> dict[str, str]:
+        """None: what it is made of, DVC sees."""
+        return {}
+
 
 class Coco:
-    """Photographs, by the captions of MS-COCO. `keys`: PickScore's and CLIP's cosines with the prompt."""
+    """Photographs, by the captions of MS-COCO. `keys`: PickScore on its authors' scale, a cosine with the prompt times
+    about 100, and CLIP's cosine."""
 
     keys = ("pickscore", "openclip")
 
     def __init__(self, p: Params):
-        from .world import coco, experts
+        from .world import coco, experts, prompts
 
         self.experts, self.judges, self.batch = experts, p.coco.judges, p.evaluation.batch
+        self.code = coco, experts, prompts
         self.data = coco.Coco(paths.DATA / "coco", p.coco.prompts, p.coco.column)
 
     def prompts(self, n: int, seed: int, split: str = "train") -> list[str]:
@@ -54,17 +63,22 @@ class Coco:
             out[kind] = [float(f"{x:.5g}") for x in judge.score(images, prompts).tolist()]
         return out
 
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the captions' files and of the code that reads them and judges photographs."""
+        code = {m.__name__: hashlib.sha256(inspect.getsource(m).encode()).hexdigest() for m in self.code}
+        return self.data.hashes() | code
+
 
 WORLDS = {"mini": Mini, "coco": Coco}
 
 
 def world_of(backbone: str, p: Params, anew: bool = False) -> Mini | Coco:
-    """The world of a backbone of `p`. ValueError where it lacks a file, or, but `anew`, where one is no longer what the
-    backbone's teacher was measured with: DVC sees such files only through the teacher's folder."""
+    """The world of a backbone of `p`. ValueError where it lacks a file, or, but `anew`, where a file or its code is no
+    longer what the backbone's teacher was measured with: DVC sees these only through the teacher's folder."""
     made = WORLDS[p.backbones[backbone].world](p)
     source = paths.teacher(backbone) / "source.json"
-    if isinstance(made, Coco) and source.exists() and not anew:
-        then, now = json.loads(source.read_text()).get("files", {}), made.data.hashes()
+    if source.exists() and not anew:
+        then, now = json.loads(source.read_text()).get("files", {}), made.hashes()
         if changed := [name for name in now if name in then and now[name] != then[name]]:
             raise ValueError(f"{changed[0]} has changed since teacher {backbone} was measured: "
                              f"`dvc repro -f teacher@{backbone}`, and what follows")

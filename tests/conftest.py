@@ -1,6 +1,8 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test may reach for the network
+if "GAD_TEST_CUDA" not in os.environ:  # before torch is: tests compare bits, which are the CPU's
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from functools import cache
 

@@ -72,8 +72,8 @@ def test_it_is_one_file_one_entry_and_one_line(made, copy):
 def test_its_stages_are_its_column(made):
     p = params.load()
     runs = [f"lumina2-{q}-{v}-{s}" for q in p.grid.paradigms for v in p.grid.variants for s in p.seeds.distill]
-    column = {f"{stage}@lumina2" for stage in ("teacher", "diagnose", "references")}
-    assert set(made["stages"]) == column | {f"{s}@{r}" for s in ("distill", "evaluate", "use") for r in runs}
+    column = {f"{stage}@lumina2" for stage in ("teacher", "diagnose", "nearby", "references")}
+    assert set(made["stages"]) == column | {f"{s}@{r}" for s in ("distill", "evaluate", "chain", "use") for r in runs}
 
 
 def test_a_step_of_gad_moves_what_it_trains(made):

@@ -363,6 +363,15 @@ def test_attention_maps(backbone, cond, z):
     assert all(m.processor is p for m, p in zip(modules, before, strict=True))
 
 
+def test_sd2_is_guided_where_its_guidance_was_published():
+    backbone = build("sd2")
+    network = backbone.network
+    names = {id(m): n for n, m in network.named_modules()}
+    found = [names[id(m)] for m in backbone.cross_attentions(network)]
+    assert found == [f"{block}.attentions.{k}.transformer_blocks.0.attn2" for block, k in
+                     (("mid_block", 0), ("up_blocks.0", 0), ("up_blocks.0", 1))]
+
+
 @torch.no_grad()
 def test_capturing_attention_changes_nothing(backbone, cond, z):
     t, seen = torch.tensor([0.3, 0.8]), []

@@ -1,6 +1,7 @@
 """The command line at smoke size, in a copy of the package: teacher to student, and a student killed on its way."""
 
 import filecmp
+import importlib
 import json
 import os
 import shutil
@@ -14,14 +15,17 @@ import psutil
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gad.graph import sandbox
-from gad.params import ROOT
-from gad.stages.trial import _append
+from gad.paradigms import PARADIGMS
+from gad.params import ROOT, Run, load
+from gad.stages import distillation
 
+trials = importlib.import_module("gad.stages.trial")  # the package has the function by that name
 SMOKE = yaml.safe_load((ROOT / "tests/smoke.yaml").read_text())
 RUN = "sana-tdm-gad-0"
 
@@ -240,12 +244,26 @@ def test_a_tracker_sees_losses_probes_and_samples(place):
 
 
 @pytest.mark.slow
-def test_divergence_stops_with_one_line_and_keeps_the_checkpoint(place):
+@pytest.mark.parametrize("variant", ["base", "gad"])
+def test_divergence_stops_with_one_line_and_keeps_the_checkpoint(place, variant):
+    run = f"sana-tdm-{variant}-0"
+    shutil.rmtree(place / "data/.resume" / run, ignore_errors=True)
     code, _, error = place.run("--set", "paradigms.tdm.lr=1.0e+30", "--set", "distill.steps=20", "--set",
-                               "distill.save_every=1", "distill", "sana", "tdm", "base")
-    assert code == 1 and "loss is nan" in error and "Traceback" not in error
-    assert (place / "data/.resume/sana-tdm-base-0/state.safetensors").exists()
-    assert not (place / "data/students/sana-tdm-base-0").exists()
+                               "distill.save_every=1", "distill", "sana", "tdm", variant)
+    assert code == 1 and "the fake loss is nan at step 1: lower its lr or gad.lam" in error
+    assert "Traceback" not in error
+    assert (place / "data/.resume" / run / "state.safetensors").exists()
+    assert not (place / "data/students" / run).exists()
+
+
+@pytest.mark.slow
+def test_paths_of_another_number_of_steps_stop_before_training(place):
+    """Base students learn nothing from them."""
+    code, _, error = place.run("--set", "backbones.sana.student_steps=4", *SHARED)
+    assert code == 1 and "backbones.sana.student_steps=4: data/endpoints/sana holds the teacher's paths at" in error
+    assert "times of 2 steps: run its diagnose stage again" in error and "Traceback" not in error
+    place.done("--set", "backbones.sana.student_steps=4", *SHARED[:-1], "base")
+    take(place, "sana-tdm-base-0")
 
 
 @pytest.mark.slow
@@ -266,8 +284,29 @@ def test_trials_keep_a_row_each_and_no_student(place):
     place.done("--set", "paradigms.ladd.recon=0.5", *trial)
     rows = (place / "reports/tuning.csv").read_text().splitlines()
     assert len(rows) == 3 and "paradigms.ladd.recon=0.5" in rows[2]
-    _append(place / "reports/tuning.csv", first | {"scene": 0.25})  # again: the same row
+    trials._append(place / "reports/tuning.csv", first | {"scene": 0.25})  # again: the same row
     assert pd.read_csv(place / "reports/tuning.csv")["scene"].tolist()[0] == 0.25
     assert (place / "reports/tuning.md").read_text().count("| ladd ") == 2
     assert not (place / "data/students/sana-ladd-base-0").exists()
-    assert not (place / "data/.resume/trial-sana-ladd-base-0").exists()
+    assert not list((place / "data/.resume").glob("trial-*"))
+
+
+def test_trials_of_other_settings_have_other_folders(monkeypatch):
+    def seen(run, p, folder, work, accelerator):
+        raise KeyError(work)
+
+    monkeypatch.setattr(trials, "student", seen)
+    made = []
+    for lr in (1e-4, 1e-4, 2e-4):
+        with pytest.raises(KeyError) as error:
+            trials.trial(Run("sana", "ladd", "base", 0), load(**{"paradigms.ladd.lr": lr}), {})
+        made.append(error.value.args[0])
+    assert made[0] == made[1] != made[2] and "sana-ladd-base-0" in made[2].name
+
+
+def test_a_paradigm_without_an_entry_stops_before_anything_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.delitem(PARADIGMS, "ladd")
+    monkeypatch.setattr(distillation, "placed", None)
+    fix = r"paradigms\.ladd: gad/paradigms/ladd\.py is there, but PARADIGMS in .* has no entry for it: add one"
+    with pytest.raises(ValueError, match=fix):
+        distillation.student(Run("sana", "ladd", "base", 0), load(), tmp_path, tmp_path, Accelerator(cpu=True))

@@ -1,5 +1,6 @@
 """Table 1's measures on responses whose agreement is known, and its intervals."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,11 +8,11 @@ import pandas as pd
 import pytest
 import torch
 
-from gad import claims, params, paths
+from gad import claims, params, paths, tables
 from gad.evaluation import trajectory
 from gad.evaluation.geometry import bootstrap, compare, local_rows, row, spectral_kl, spectrum, tangents
 from gad.params import Run
-from gad.tables import geometry, trajectories
+from gad.tables import chains, geometry, pages, teachers, trajectories
 from gad.tangents import Paths, Tangents
 
 
@@ -219,6 +220,7 @@ def test_table4_is_against_the_base_and_its_parts_add_up(monkeypatch, tmp_path):
     })
     monkeypatch.setattr(paths, "TABLES", tmp_path)
     p = SimpleNamespace(report=SimpleNamespace(bootstrap=200), grid=SimpleNamespace(backbones=["sana"]),
+                        backbones={"sana": SimpleNamespace(world="mini")},
                         evaluation=SimpleNamespace(trajectory_prompts=50), base_of=params.load().base_of)
     long = trajectories.write(p)
     assert dict(zip(long["step"], long["t"], strict=True)) == {1: 0.5, 2: 0}
@@ -244,6 +246,84 @@ def test_table4_is_against_the_base_and_its_parts_add_up(monkeypatch, tmp_path):
     assert at(named, "relative")[:, 0] == pytest.approx(-0.2 * base.mean(0)) and named in text
     assert text.count("## ") == 6 and text.index("t = 0.5") < text.index("t = 0 ") and text.endswith(
         trajectories.PAPER + "\n")
+
+
+PHOTOGRAPHS = {"backbones.sd2.world": "coco", "backbones.sd2.path": "somewhere"}
+ALL_PHOTOGRAPHS = {k.replace("sd2", b): v for b in ("sd2", "pixart", "sana") for k, v in PHOTOGRAPHS.items()}
+
+
+@pytest.mark.parametrize("given, said", [
+    ({}, ("(as the world draws them: short ones recur)", "(miniature; short ones recur)")),
+    (PHOTOGRAPHS, ("(as the miniature world draws them: short ones recur)", "(in miniature short ones recur)")),
+    (ALL_PHOTOGRAPHS, ()),
+])
+def test_prompts_that_recur_are_the_miniature_worlds(given, said, monkeypatch, tmp_path):
+    """Test and unseen captions of photographs are all different."""
+    monkeypatch.setattr(paths, "TABLES", tmp_path)
+    rows = [("sana", "TDM", where, "scene" if where == "images" else "cos", 1.0, 0.9, 1.1)
+            for where in ("endpoint", "local t=0.5", "difference", "images")]
+    keys = ["value", "low", "high"]
+    table1 = pd.DataFrame(rows, columns=["backbone", "model", "map", "metric", *keys])
+    table4 = pd.DataFrame([("sana", "TDM", 1, 0.0, "relative", 1.0, 0.9, 1.1)],
+                          columns=["backbone", "model", "step", "t", "metric", *keys])
+    monkeypatch.setattr(geometry, "table1", lambda p: table1)
+    monkeypatch.setattr(trajectories, "table4", lambda p: table4)
+    for module in (geometry, trajectories):
+        module.write(params.load(**given))
+    texts = [(tmp_path / f"{name}.md").read_text() for name in ("table1", "table4")]
+    assert [text.count("recur") for text in texts] == [len(said) // 2] * 2
+    assert all(x in text for x, text in zip(said, texts, strict=False))
+
+
+def test_teachers_are_told_by_what_judged_them_and_on_how_many_prompts(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "TABLES", tmp_path)
+    monkeypatch.setattr(paths, "teacher_metrics", lambda backbone: tmp_path / f"{backbone}.json")
+    photographs, scenes = {"pickscore": [20.0, 21.0], "openclip": [0.2, 0.3]}, {"scene": [0, 1], "colour_count": [1, 1]}
+    spread = {"spread": 8.0, "spread_world": 16.0}
+    for backbone, made in (("sd2", {"quality": photographs}), ("pixart", {"quality": scenes, **spread}),
+                           ("sana", {"quality": scenes, **spread})):
+        (tmp_path / f"{backbone}.json").write_text(json.dumps(made))
+    teachers.write(params.load(**PHOTOGRAPHS, **{"backbones.sana.pretrain": {"prompts": 4}}))
+    text = (tmp_path / "teachers.md").read_text()
+    assert "On 4 or 256 test prompts, by the detector or PickScore and CLIP, with" in text
+    assert "over 4 or 8 prompts" in text and "nan" not in text
+    for backbone in ("pixart", "sana"):
+        (tmp_path / f"{backbone}.json").write_text(json.dumps({"quality": photographs}))
+    teachers.write(params.load(**ALL_PHOTOGRAPHS))
+    assert "On 256 test prompts, by PickScore and CLIP, with" in (tmp_path / "teachers.md").read_text()
+
+
+STEPS = pd.DataFrame([  # the students of one backbone take two, of the other four
+    (backbone, model, step, metric, value, value - 0.01, value + 0.01)
+    for backbone, steps in (("sd2", 2), ("sana", 4)) for step in range(1, steps + 1)
+    for model, metric, value in (("TDM + GAD", "change", -step / 10), ("TDM", "relative", step / 10))
+], columns=["backbone", "model", "step", "metric", "value", "low", "high"])
+
+
+def test_each_backbones_trajectories_have_their_own_end():
+    empty = pd.DataFrame(columns=[*STEPS.columns, "map"])
+    runs = [Run(b, "tdm", v, 0) for b in ("sd2", "sana") for v in ("base", "gad")]
+    p = SimpleNamespace(runs=lambda: runs, report=params.load().report)
+    found = claims.judge(p, {c.table: empty for c in claims.CLAIMS} | {"table4": STEPS})
+    assert [(*row,) for row in found[["backbone", "student", "difference"]].to_numpy()] == [
+        ("sd2", "TDM + GAD", -0.2), ("sana", "TDM + GAD", -0.4),
+        *((b, f"TDM + GAD, step {k}", -k / 10) for b, steps in (("sd2", 2), ("sana", 4)) for k in range(1, steps)),
+    ]
+
+
+def test_metrics_have_the_end_of_each_backbones_trajectories(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "METRICS", tmp_path / "metrics.json")
+    rows = pd.DataFrame(columns=[*STEPS.columns, "map"])
+    for module, made in (
+        (geometry, rows), (teachers, {}), (pages, {}), (trajectories, STEPS), (chains, rows)
+    ):
+        monkeypatch.setattr(module, "write", lambda p, made=made: made)
+    tables.write(None)
+    found = json.loads(paths.METRICS.read_text())["students"]
+    assert {b: (own["TDM"], own["TDM + GAD"]) for b, own in found.items()} == {
+        "sd2": ({"trajectory_error": 0.2}, {"trajectory_change": -0.2}),
+        "sana": ({"trajectory_error": 0.4}, {"trajectory_change": -0.4}),
+    }
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from diffusers import DDIMScheduler
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from gad import params, paths, stages
+from gad import backbones, params, paths, stages
 from gad.backbones import load, load_network, with_lora
 from gad.distill import save_student
 from gad.params import Run
+from gad.world import teacher as teachers
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,17 @@ def test_another_class(copy):
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
     refused(copy, "is a FluxPipeline: there are backbones for")
+
+
+@pytest.mark.parametrize("table", ["BACKBONES", "MINIATURES"])
+def test_a_backbone_that_is_not_registered_is_named(table, tmp_path, monkeypatch):
+    """Its file is there, so params.yaml may name it."""
+    monkeypatch.delitem(getattr(backbones, table), "sana")
+    said = rf"^backbone 'sana' is not in {table}: add it there, in gad/backbones/__init__\.py$"
+    if table == "BACKBONES":
+        refused("sana", said, params.load())
+    with pytest.raises(ValueError, match=said):
+        teachers.pretrain("sana", None, tmp_path, tmp_path, {}, 0)
 
 
 # Checkpoints of others

@@ -245,21 +245,23 @@ def test_a_fakes_error_is_the_same_however_it_says_noise(scheduler):
     assert torch.allclose(found.double(), expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", PARADIGMS)
+ADVERSARIAL = {"student": (0.1, (0.9, 0.95), 0.01), "discriminator": (0.3, (0.0, 0.99), 0.0)}
+DMDS, SIDS = (
+    {role: (lr, (0.4, beta2), decay) for role, lr in (("student", 0.1), ("fake", 0.2))}
+    for beta2, decay in ((0.95, 0.01), (0.999, 0.0))
+)
+RATES = {  # rate, betas and decay of each role
+    "ladd": ADVERSARIAL, "add": ADVERSARIAL, "dmd": DMDS, "tdm": DMDS, "swiftbrush": SIDS, "sid": SIDS,
+    "tcd": {"student": (0.1, (0.9, 0.999), 0.0)},
+}
+
+
+@pytest.mark.parametrize("name", RATES)
 def test_roles_have_the_rates_of_their_paradigm(backbone, name):
     given = {"lr": 0.1, "fake_lr": 0.2, "disc_lr": 0.3, "beta1": 0.4}
     paradigm = make(name, backbone, **{k: v for k, v in given.items() if k in P.paradigms[name]})
-    adversarial = {"student": (0.1, (0.9, 0.95), 0.01), "discriminator": (0.3, (0.0, 0.99), 0.0)}
-    dmd, sid = (
-        {role: (lr, (0.4, beta2), decay) for role, lr in (("student", 0.1), ("fake", 0.2))}
-        for beta2, decay in ((0.95, 0.01), (0.999, 0.0))
-    )
-    expected = {
-        "ladd": adversarial, "add": adversarial, "dmd": dmd, "tdm": dmd, "swiftbrush": sid, "sid": sid,
-        "tcd": {"student": (0.1, (0.9, 0.999), 0.0)},
-    }
     groups = {k: role.optimisers[0].param_groups for k, role in paradigm.roles.items()}
-    assert {k: (g["lr"], g["betas"], g["weight_decay"]) for k, (g,) in groups.items()} == expected[name]
+    assert {k: (g["lr"], g["betas"], g["weight_decay"]) for k, (g,) in groups.items()} == RATES[name]
     assert {role.clip for role in paradigm.roles.values()} == {P.distill.clip}
     assert {k: role.ema for k, role in paradigm.roles.items() if role.average} == {"student": P.distill.ema}
 

@@ -1,16 +1,20 @@
-"""The report's page: all that the reports say, once each, and nothing to fetch."""
+"""The report's figures, and its page: all that the reports say, once each, and nothing to fetch."""
 
 import re
 import shutil
 from collections import Counter
 from html.parser import HTMLParser
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
+from matplotlib import pyplot as plt
 
-from gad import page, params, paths
+from gad import page, params, paths, plots, tables
 from gad.__main__ import main
-from gad.params import ROOT
+from gad.params import ROOT, Run
+from gad.tables import chains, uses
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}
 
@@ -104,8 +108,8 @@ def test_every_figure_is_there_once_and_described(reports):
     assert sorted(e["attrs"]["src"] for e in images) == on_disk
     assert images[0]["attrs"]["src"] == "figures/before_after.png"
     assert all(len(e["attrs"]["alt"]) > 20 and int(e["attrs"]["width"]) > 0 for e in images)
-    captions = [e["text"] for e in made().find("figcaption")]
-    assert sorted(captions) == sorted(page.FIGURES[f.split("/")[1][:-4]][1] for f in on_disk)
+    captions, said = [e["text"] for e in made().find("figcaption")], page.captions(params.load())
+    assert sorted(captions) == sorted(said[f.split("/")[1][:-4]][1] for f in on_disk)
 
 
 def test_a_figure_that_is_not_there_is_left_out(reports):
@@ -253,3 +257,114 @@ def test_a_figure_without_caption_is_an_error(reports):
     shutil.copy(reports / "figures/world.png", reports / "figures/new.png")
     with pytest.raises(ValueError, match=r"figures/new\.png has no caption"):
         page.write(params.load())
+
+
+PHOTOGRAPHS = {"backbones.sd2.world": "coco", "backbones.sd2.path": "somewhere"}
+ALL_PHOTOGRAPHS = {k.replace("sd2", b): v for b in ("sd2", "pixart", "sana") for k, v in PHOTOGRAPHS.items()}
+
+
+def test_photographs_are_not_called_miniatures(reports):
+    def said(found):
+        (banner,) = (plain(e["text"]) for e in found.find("aside"))
+        return banner, plain(found.find("h2")[0]["text"] + found.find("title")[0]["text"])
+
+    found = made(**ALL_PHOTOGRAPHS)
+    banner, titles = said(found)
+    assert "miniature" not in banner + titles and "Studentstake4steps." in banner and banner.endswith("here.")
+    assert not any("world.png" in str(e["attrs"]) for e in found.all)
+    assert "PickScore on the right" in page.captions(params.load(**ALL_PHOTOGRAPHS))["students"][0]
+    assert "places" not in str(page.captions(params.load(**ALL_PHOTOGRAPHS))["figure5"])
+    found = made(**PHOTOGRAPHS)
+    banner, titles = said(found)
+    assert "Thoseofpixart,sanaareminiatures" in banner and "miniature" not in titles
+    assert any(e["attrs"]["src"] == "figures/world.png" for e in found.find("img"))
+    assert "scene accuracy or PickScore on" in page.captions(params.load(**PHOTOGRAPHS))["students"][0]
+
+
+def test_figures_of_one_seed_of_several_say_so():
+    one, several = (page.captions(params.load(**{"seeds.distill": seeds})) for seeds in ([3], [3, 4]))
+    assert one == page.captions(params.load())
+    assert {n for n in several if several[n] != one[n]} == set(page.ONE_SEED)
+    assert all("seed 3 alone" in several[n][1] for n in page.ONE_SEED)
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """Of `figure(draw, results, **overrides)`; `results` has what each file says, by its path."""
+    def drawn(draw, results=None, **overrides):
+        monkeypatch.setattr(tables, "read", results)
+        made = draw(params.load(**{"report.bootstrap": 20, **overrides}))
+        made.canvas.draw()
+        return made
+
+    yield drawn
+    plt.close("all")
+
+
+def test_figure5_has_no_panel_of_what_a_world_has_not(figure, monkeypatch):
+    def models(p, backbone):
+        scores = {"vendi": [1.0, 2.0], **({} if backbone == "sd2" else {"layout_vendi": [2.0, 3.0]})}
+        names = "teacher", "TDM", "TDM + GAD"
+        return {name: {"quality": {"clip": [0.2, 0.3]}, "diversity": scores} for name in names}
+
+    monkeypatch.setattr(uses, "models", models)
+    axes = np.reshape(figure(plots.figure5, **PHOTOGRAPHS).axes, (2, 3))
+    assert [[ax.get_visible() for ax in row] for row in axes] == [[True] * 3, [False, True, True]]
+    assert axes[0, 0].get_xlabel() == "CLIP" and axes[1, 1].get_ylabel() == plots.VENDI["layout_vendi"]
+    assert any(t.label1.get_visible() for t in axes[0, 0].xaxis.get_major_ticks())
+
+
+def test_students_have_an_axis_for_each_measure_and_published_ones_a_row(figure):
+    def results(path):
+        cos = {"cos": [0.1, 0.2]}
+        quality = {"pickscore": [20.0, 21.0]} if "sd2" in str(path) else {"scene": [0, 1]}
+        return {"endpoint": cos, "quality": quality, "untrained student": cos, "teacher, CFG + 1": cos}
+
+    turbo = {"sd2-turbo-base-0": {"backbone": "sd2", "paradigm": "turbo", "path": "somewhere"}}
+    found = figure(plots.students, results, **PHOTOGRAPHS, published=turbo, **{"seeds.distill": [1, 2]})
+    right = np.reshape(found.axes, (3, 2))[:, 1]
+    assert [ax.get_xlabel() for ax in right] == ["PickScore", "scene accuracy", "scene accuracy"]
+    assert right[0].get_xlim()[0] > 10 and right[1].get_xlim() == (0, 1)
+    names = [t.get_text() for t in found.axes[0].get_yticklabels()]
+    assert names.count("TURBO") == names.count("TDM") == 1
+
+
+def test_nearby_shows_one_seeds_students_beside_their_teachers_curve(figure, monkeypatch):
+    """Own path, and hollow the teacher's, below; above, the same cosine against the value error."""
+    def results(path):
+        seed = int(path.stem[-1]) if path.parent.name in ("results", "chains") else 0
+        if path.parent.name == "results":
+            return {"endpoint": {"cos": [0.2 + seed] * 2, "value": [0.1, 0.1]}}
+        if path.parent.name == "chains":
+            return {"step": [[0.9] * 2] * 2, "path": [[0.9] * 2, [0.8] * 2], "own": [[0.9] * 2, [0.2 + seed] * 2]}
+        return {s: {"cos": [c] * 2, "value": [v] * 2} for s, c, v in (("0.02", 0.9, 0.01), ("0.3", 0.4, 0.2))}
+
+    for name in ("read", "grouped"):
+        made = results if name == "read" else lambda runs, b, place: {
+            (r.paradigm, r.variant): [results(place(r))] for r in runs if r.backbone == b}
+        monkeypatch.setattr(chains, name, made)
+    only = {"grid.paradigms": ["tdm"], "seeds.distill": [0, 1], "nearby.sizes": [0.3, 0.02]}
+    above, *_, below = np.reshape(figure(plots.nearby, results, **only).axes, (2, 3))[:, 0]
+    curve, *students = (line.get_xydata().tolist() for line in above.lines if line.get_marker() not in ("", "None"))
+    assert curve == [[0.01, pytest.approx(0.9)], [0.2, pytest.approx(0.4)]]  # by size, whatever their order
+    assert students == [[[pytest.approx(0.1), pytest.approx(0.2)]]] * 2
+    points = [line.get_xdata()[0] for line in below.lines if len(line.get_xdata()) == 1]
+    assert points == pytest.approx([0.2, 0.8] * 2)
+
+
+def test_no_two_paradigms_look_alike(figure, monkeypatch):
+    p = params.load()
+    styles = plots._styles(p)
+    assert len({*styles.values()}) == len(styles) == len({r.paradigm for r in p.runs()})
+    for looks in zip(*plots.STYLES, strict=True):
+        assert len(set(looks)) == len(plots.STYLES)
+    assert {n: styles[n] for n in ("tdm", "ladd", "sid")} == {
+        "tdm": ("-", "--", "s", ""), "ladd": ("--", "-.", "o", "////"), "sid": (":", ":", "D", "....")}
+    names = ["teacher", *(tables.label(Run("", n, v, 0)) for n in p.paradigms for v in ("base", "gad"))]
+    rows = [(b, name, f"{how}, {k}", 0.5, 0.4, 0.6) for b in p.grid.backbones for name in names
+            for how in uses.moves(p).values() for k in ("CLIP", "AP50")]
+    table = pd.DataFrame(rows, columns=["backbone", "model", "metric", "value", "low", "high"])
+    monkeypatch.setattr(uses, "long", lambda p, names: {"table5": table})
+    found = figure(plots.layout, **{"grid.paradigms": [*p.paradigms], "further.baselines.paradigms": []})
+    shown = {line.get_label(): line.get_marker() for line in found.axes[0].lines if line.get_label() in names}
+    assert set(shown) == set(names) and len(set(shown.values())) == 1 + len(p.paradigms)

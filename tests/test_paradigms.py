@@ -9,21 +9,23 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import perturb
+from conftest import build, perturb
 from diffusers import DDIMScheduler, TCDScheduler
 from torch import nn
 
 from gad import distill, params
-from gad.backbones import Condition
+from gad.backbones import Condition, load_network
 from gad.diffusion import Levels
-from gad.distill import Distillation
+from gad.distill import Distillation, look
 from gad.evaluation.geometry import tangents
+from gad.evaluation.precision import sweep
+from gad.evaluation.trajectory import errors
 from gad.paradigms import PARADIGMS
-from gad.paradigms.base import Batch, Draws, Point, dropped
-from gad.paradigms.forms import FORMS, _relations, gad_loss
+from gad.paradigms.base import Batch, Draws, Paradigm, Point, dropped
+from gad.paradigms.forms import FORMS, NEED_A_FAKE, _relations, gad_loss
 from gad.params import Run
-from gad.tangents import Samples, Tangents
-from gad.training import step_generator, train, update
+from gad.tangents import Paths, Samples, Tangents
+from gad.training import DivergedError, step_generator, train, update
 
 D = 4
 P = params.load()
@@ -94,7 +96,8 @@ def paths(z, v, *steps):
     for w in steps:
         states.append(states[-1] @ w.T)
         responses.append(responses[-1] @ w.T)
-    return Tangents(torch.stack(states, 1), torch.stack(responses, 1), torch.zeros(len(z)))
+    cond = Condition(torch.zeros(len(z), 1, 1), torch.ones(len(z), 1))
+    return Tangents(torch.stack(states, 1), torch.stack(responses, 1), cond)
 
 
 @pytest.mark.parametrize("scheme", ["forward", "central", "exact"])
@@ -274,6 +277,54 @@ def test_any_prompt_is_drawn(paired):
     assert len(drawn_of(64, paired).cond.embeds[:, 0, 0].unique()) > 30
 
 
+class Away(Condition):
+    """A condition that is elsewhere until `to` is called."""
+
+    def __getitem__(self, i):
+        return Away(**vars(super().__getitem__(i)))
+
+    def to(self, *_):
+        return Condition(self.embeds, self.mask)
+
+
+def test_prompts_come_to_the_latents_where_they_are_used(mini, monkeypatch, tmp_path):
+    """T5's of all samples would fill an accelerator."""
+    at, seen = prepared(mini("sana")), []
+    backbone, output = at.backbone, at.backbone.output
+
+    def watched(network, x, t, cond, cfg=1.0):
+        seen.append(type(cond))
+        return output(network, x, t, cond, cfg)
+
+    monkeypatch.setattr(backbone, "output", watched)
+    encode = backbone.encode
+    monkeypatch.setattr(backbone, "encode", lambda texts, device: Away(**vars(encode(texts, device=device))))
+    cond = Away(**vars(at.cond))
+    t, paths = Tangents(at.tangents.states, at.tangents.responses, cond), Paths(at.tangents.states, cond)
+    for name, form in (("tdm", "step"), ("ladd", "map")):
+        task = task_of(name, SimpleNamespace(backbone=backbone, cond=cond, tangents=t), form)
+        task.losses(0, step_generator(0, 0))
+    with torch.no_grad():
+        look(backbone, backbone.network, t, 4, 2)
+        errors(backbone, backbone.network, paths)
+        sweep(backbone, t, 1.0, 2)
+        Paths.of(backbone, t.z, cond, backbone.times(4), 4, 1.0)
+        Samples.make(tmp_path / "samples.safetensors", backbone, ["a red circle"], 0, 1, 1.0)
+    assert set(seen) == {Condition}
+
+
+def test_prompts_of_what_is_kept_are_encoded_to_the_cpu(mini, monkeypatch, tmp_path):
+    at, texts = prepared(mini("sana")), ["a red circle", "a green square and a blue triangle"]
+    at.tangents.save(tmp_path / "tangents.safetensors", texts, (0, 1))
+    Paths(at.tangents.states, at.cond).save(tmp_path / "paths.safetensors", texts, 0)
+    Samples.make(tmp_path / "samples.safetensors", at.backbone, texts, 0, 1, 1.0)
+    devices = []
+    monkeypatch.setattr(at.backbone, "encode", lambda texts, device=None: devices.append(device) or at.cond)
+    for kind in (Tangents, Paths, Samples):
+        kind.load(tmp_path / f"{kind.__name__.lower()}.safetensors", at.backbone)
+    assert devices == ["cpu"] * 3
+
+
 @pytest.mark.parametrize("name", ["pixart", "sana"])
 def test_dropped_prompts_are_the_empty_one(mini, name):
     backbone = mini(name)
@@ -346,7 +397,6 @@ def tdm(backbone, cfg=2.0):
     return PARADIGMS["tdm"](backbone, 4, cfg, P.paradigms["tdm"], P.distill)
 
 
-NEED_A_FAKE = ("score", "paired-score", "released")
 CASES = [
     pytest.param(name, form, marks=[] if form in (None, "step") or name == "tdm" else pytest.mark.slow)
     for name, paradigm in PARADIGMS.items()
@@ -415,7 +465,7 @@ def test_scores_are_guided_as_the_paradigm_has_them(mini, name):
     loss = gad_loss(task.paradigm, None, task.gad, 0, torch.Generator().manual_seed(0))
     student = task.roles["student"].params
     moved = any(g.abs().max() > 0 for g in torch.autograd.grad(loss, student, materialize_grads=True))
-    assert moved != (name in ("sid", "swiftbrush"))
+    assert moved != PARADIGMS[name].guided_fake
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -532,6 +582,32 @@ def test_diffuse_ends_on_the_marginal(setting, s):
     assert y.std().item() == pytest.approx(sigma, rel=0.03)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_output_forms_refuse_paths_at_other_times(mini, form):
+    at = prepared(mini("sana"))
+    gad, paradigm = P.gad.model_copy(update={"form": form}), tdm(at.backbone)
+    fewer = Tangents(at.tangents.states[:, ::2], at.tangents.responses[:, ::2], at.cond)
+    Distillation(paradigm, at.cond, fewer, None, 2, 0)
+    if form in NEED_A_FAKE:
+        Distillation(paradigm, at.cond, fewer, gad, 2, 0)
+        return
+    with pytest.raises(ValueError, match=r"\.student_steps=4: data/endpoints/sana holds .* of 2 steps: run its "):
+        Distillation(paradigm, at.cond, fewer, gad, 2, 0)
+
+
+def test_a_term_that_is_no_number_is_divergence(mini):
+    """Beside losses that are no numbers themselves, these are what is told."""
+    task = task_of("tdm", prepared(mini("sana")), "step")
+    task.roles["student"].params[0].data.fill_(torch.nan)
+    assert not task.losses(3, step_generator(0, 3))["fake"].isfinite()
+    task.paradigm.losses = lambda *_: {"student": torch.tensor(0.0)}
+    with pytest.raises(DivergedError, match=r"the gad term is not finite at step 3 \(f\(x\) has values"):
+        task.losses(3, step_generator(0, 3))
+    task.gad, task.paradigm.point = task.gad.model_copy(update={"form": "score"}), None
+    with pytest.raises(ValueError, match="needs a paradigm with a fake score"):  # a mistake is none
+        task.losses(3, step_generator(0, 3))
+
+
 def test_lam_zero_is_the_base_bit_for_bit(setting, tmp_path):
     def run(gad, name):
         torch.manual_seed(0)
@@ -550,13 +626,14 @@ class Handed(Exception):
 
 
 def test_a_run_is_trained_as_its_parameters_say(mini, monkeypatch, tmp_path):
-    """Guidance, steps, rates, decay of the average; GAD's term, whose draws are the run's seed's."""
+    """Guidance, steps, rates, decay of the average, hardware; GAD's term, whose draws are the run's seed's."""
     def hand(*args):
         raise Handed(inspect.signature(train).bind(*args).arguments)
 
     monkeypatch.setattr(distill, "train", hand)
     at, gad = prepared(mini("sana")), set()
-    p = P.model_copy(update={"distill": P.distill.model_copy(update={"batch": 2, "ema": 0.7})})
+    hardware = P.hardware.model_copy(update={"accumulate": 2, "shard": True, "checkpointing": True})
+    p = P.model_copy(update={"distill": P.distill.model_copy(update={"batch": 2, "ema": 0.7}), "hardware": hardware})
     which = p.backbones["sana"]
     assert which.cfg != 1
     for seed in (7, 8):
@@ -567,11 +644,57 @@ def test_a_run_is_trained_as_its_parameters_say(mini, monkeypatch, tmp_path):
         task, student = given["task"], given["task"].roles["student"]
         assert given["seed"] == task.seed == seed and given["identity"] == {"a": 1}
         assert all(given[k] == getattr(p.distill, k) for k in ("steps", "warmup", "save_every"))
+        assert given["accumulate"] == 2 and given["shard"] is True
+        assert all(role.module.is_gradient_checkpointing for role in task.roles.values())
         assert task.gad == p.controls["slower_gad"] and task.batch == 2
         assert (task.paradigm.cfg, task.paradigm.steps) == (which.cfg, which.student_steps)
         assert student.lr == 0.5 * p.paradigms["tdm"]["lr"] and student.average.decay == 0.7
         gad.add(task.losses(0, step_generator(0, 0))["gad"].item())
     assert len(gad) == 2
+
+
+def test_the_saved_student_is_the_average(monkeypatch, tmp_path):
+    backbone = build("sana")  # its own: saving a pipeline leaves marks on it
+    at = prepared(backbone)
+
+    def trained(task, work, *_):
+        role = task.roles["student"]
+        for p, average in zip(role.params, role.average.shadow_params, strict=True):
+            average.copy_(p + 1)
+        (work / "log.csv").write_text("step\n0\n")
+        return work / "log.csv"
+
+    monkeypatch.setattr(distill, "train", trained)
+    monkeypatch.setattr(distill, "look", lambda *_: {"cos": 1.0})
+    distill.distill(Run("sana", "tdm", "base", 0), P, backbone, at.cond, at.tangents, at.tangents, None,
+                    tmp_path / "student", tmp_path, Accelerator(cpu=True), {})
+    saved = dict(load_network(tmp_path / "student").named_parameters())
+    for name, p in backbone.network.named_parameters():
+        assert torch.equal(saved[name], p + 1), name
+
+
+@pytest.mark.parametrize("roles", ["none", "other", "unaveraged"])
+def test_a_paradigm_without_a_student_to_save_says_so(mini, monkeypatch, tmp_path, roles):
+    class Lame(PARADIGMS["tcd"]):
+        def __init__(self, *args):
+            super().__init__(*args)
+            student = self.roles.pop("student")
+            student.average = None
+            self.roles = {"none": {}, "other": {"generator": student}, "unaveraged": {"student": student}}[roles]
+
+    monkeypatch.setitem(PARADIGMS, "tcd", Lame)
+    at = prepared(mini("sana"))
+    with pytest.raises(ValueError, match=r'paradigms\.tcd: its roles lack a "student" with an average, which is saved'):
+        distill.distill(Run("sana", "tcd", "base", 0), P, at.backbone, at.cond, at.tangents, at.tangents, None,
+                        tmp_path, tmp_path, Accelerator(cpu=True), {})
+
+
+def test_a_paradigm_that_names_no_settings_says_so(mini):
+    class Bare(Paradigm):
+        pass
+
+    with pytest.raises(ValueError, match=r"paradigms\.bare\.lr=0\.1 is not a key .*: it has no `settings`"):
+        Bare(mini("sana"), 4, 1.0, {"lr": 0.1}, P.distill)
 
 
 def test_every_counts_the_students_updates_not_the_fakes(setting):

@@ -34,6 +34,21 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("controls.slower.rate", 0, "controls.slower.rate=0: input should be greater than 0"),
         ("controls.slower", 0.5, "controls.slower=0.5: input should be a valid dictionary"),
         ("controls.slower", {"rate": 0.5}, "controls.slower.lam is missing"),
+        ("controls.longer.longer", 0.001, "controls.longer.longer=0.001 leaves add no step: raise it"),
+        ("controls.unrelated.pairs", 1, "controls.unrelated.pairs=1: `unrelated` is of several samples: make it 2"),
+        ("controls.similarity.pairs", 1, "controls.similarity.pairs=1: `similarity` is of several samples: make it 2"),
+        ("controls.rkd.pairs", 2, "controls.rkd.pairs=2: `rkd` is of several samples: make it 3 or more"),
+        ("paradigms.tdm", {"fake_lr": 1.0}, "paradigms.tdm.lr is missing: add it"),
+        ("paradigms.tdm.lr", -1, "paradigms.tdm.lr=-1 must be greater than 0"),
+        ("paradigms.ladd.disc_lr", 0, "paradigms.ladd.disc_lr=0 must be greater than 0"),
+        ("paradigms.tdm.huber", float("inf"), "paradigms.tdm.huber=inf must be a finite number"),
+        ("paradigms.tdm.steps", 0, "paradigms.tdm.steps=0 must be a whole number, 1 or more"),
+        ("paradigms.dmd.ratio", 2.5, "paradigms.dmd.ratio=2.5 must be a whole number"),
+        ("paradigms.tcd.solver", 0, "paradigms.tcd.solver=0 must be a whole number"),
+        ("paradigms.swiftbrush.rank", 0, "paradigms.swiftbrush.rank=0 must be a whole number"),
+        ("paradigms.sid.beta1", 1.5, "paradigms.sid.beta1=1.5 must be at least 0 and less than 1"),
+        ("uses.train", 1, "uses.train=1: input should be greater than or equal to 2"),
+        ("uses.library", 7, "uses: library=7 is less than twice picks=4: make it 8 or more"),
         ("backbones.sana.teacher_steps", 30, "backbones.sana.teacher_steps=30 must divide 1000"),
         ("backbones.sana.teacher_steps", 25, "backbones.sana.teacher_steps=25 must be even"),
         ("backbones.sana.cfg", 0.5, "backbones.sana.cfg=0.5"),
@@ -72,18 +87,23 @@ def test_wrong_value(key, value, said, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key, value, said", [
-    ("distill.optimiser", "adamw8bit", "8-bit moments cannot be shared out: set distill.optimiser to adamw"),
-    ("gad.scheme", "exact", "exact JVPs need whole networks: set gad.scheme to forward"),
+@pytest.mark.parametrize("switch, key, value, said", [
+    ("shard", "distill.optimiser", "adamw8bit", "8-bit moments cannot be shared out: set distill.optimiser to adamw"),
+    ("shard", "gad.scheme", "exact", "exact JVPs need whole networks: set gad.scheme to forward"),
+    ("checkpointing", "gad.scheme", "exact", "exact JVPs cannot make activations anew: set gad.scheme to forward"),
 ])
-def test_what_shares_cannot_have(key, value, said):
+def test_what_shares_and_checkpoints_cannot_have(switch, key, value, said):
     data = yaml.safe_load((ROOT / "params.yaml").read_text())
     section, leaf = key.split(".")
     data[section] = {**data[section], leaf: value}
     params.validate(data)
-    data["hardware"]["shard"] = True
+    data["hardware"][switch] = True
     with pytest.raises(ParamsError, match=said):
         params.validate(data)
+
+
+def test_a_single_pair_is_enough_for_gad_itself():
+    assert params.load(**{"gad.pairs": 1}).gad.pairs == 1
 
 
 def test_unknown_key_missing_key_missing_file_and_not_yaml(tmp_path):
@@ -169,6 +189,7 @@ def test_blocks_beside_the_grid_make_runs_with_terms_and_steps_of_their_own():
         "further.baseline_maps.paradigms": [],
         "further.controls": {"backbones": ["sana"], "paradigms": ["tdm"], "variants": ["rkd", "longer"]},
         "paradigms.dmd": DATA["paradigms"]["dmd"] | {"steps": 60},
+        "published": {},
     })
     grid = p.grid.runs(p.seeds.distill)
     more = [Run("sd2", "dmd", "base", 0), Run("sana", "tdm", "rkd", 0), Run("sana", "tdm", "longer", 0)]
@@ -186,7 +207,7 @@ def test_blocks_beside_the_grid_make_runs_with_terms_and_steps_of_their_own():
 def test_smoke_trains_next_to_nothing():
     """A cycle that a backbone has of its own in params.yaml needs its own in the smoke run too."""
     smoke = yaml.safe_load((ROOT / "tests/smoke.yaml").read_text())
-    p = params.validate(graph._merged(yaml.safe_load((ROOT / "params.yaml").read_text()), smoke))
+    p = params.validate(graph._merged(DATA | {"published": {}}, smoke))  # as a copy of the repository has it
     for name in p.backbones:
         teacher = p.teacher_of(name).model_dump()
         assert all(cycle["steps"] <= 2 for cycle in (teacher, *teacher["refine"])), name

@@ -159,18 +159,57 @@ def test_a_notebook_that_was_run_in_place_is_named(command, own_place, monkeypat
         command()
 
 
-def test_a_copy_keeps_no_published_row_of_a_backbone_it_lacks(tmp_path, monkeypatch):
-    data = yaml.safe_load((ROOT / "params.yaml").read_text())
-    row = {"paradigm": "turbo", "path": "x"}
-    data["published"] = {f"{b}-turbo-base-0": {"backbone": b, **row} for b in ("sd2", "sana")}
-    shutil.copytree(ROOT / "gad", tmp_path / "here/gad")
-    shutil.copytree(ROOT / "notebooks", tmp_path / "here/notebooks")
-    for name in ("dvc.yaml", ".dvcignore", "CITATION.cff"):
-        shutil.copy(ROOT / name, tmp_path / "here")
-    (tmp_path / "here/params.yaml").write_text(yaml.safe_dump(data))
-    monkeypatch.setattr(graph, "ROOT", tmp_path / "here")
-    place = graph.sandbox(tmp_path / "copy", {"grid": {"backbones": ["sana"]}, "further": graph.ALONE})
-    assert [*params.load(place / "params.yaml").published] == ["sana-turbo-base-0"]
+@pytest.fixture
+def here(own_place, monkeypatch):
+    """A repository of few files, with another grid and a checkpoint of others."""
+    for name in ("gad/geometry.py", "notebooks/05_tables.ipynb", "dvc.yaml", ".dvcignore", "CITATION.cff"):
+        (own_place / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, own_place / name)
+    (own_place / "dvc.lock").touch()
+    row = {"sd2-turbo-base-0": {"backbone": "sd2", "paradigm": "turbo", "path": "x"}}
+    grid = {"grid": {"backbones": ["sd2", "pixart"]}, "further": graph.ALONE, "published": row}
+    data = graph._merged(yaml.safe_load((ROOT / "params.yaml").read_text()), grid)
+    (own_place / "params.yaml").write_text(yaml.safe_dump(data))
+    monkeypatch.setattr(graph, "load", lambda: params.load(own_place / "params.yaml"))
+    return own_place
+
+
+def test_a_copy_has_no_published_rows_but_its_own(here):
+    assert params.load(graph.sandbox(here / "copy", {}) / "params.yaml").published == {}
+    own = {"published": {"sd2-own-base-0": {"backbone": "sd2", "paradigm": "own", "path": "y"}}}
+    assert [*params.load(graph.sandbox(here / "copy", own) / "params.yaml").published] == ["sd2-own-base-0"]
+
+
+def test_an_interrupted_demo_goes_on_only_with_what_is_asked_for(here, monkeypatch, capsys):
+    began, pending = [], here / "demo/data/.resume/fresh"
+
+    def stopped(folder, *_):
+        began.append(not pending.exists())
+        pending.parent.mkdir(parents=True, exist_ok=True)
+        pending.write_text("students\n")
+        raise graph.PipelineError("stopped")
+
+    def demo(**options):
+        with pytest.raises(graph.PipelineError, match="stopped"):
+            graph.demo(**options)
+        return began[-1], "it starts over" in capsys.readouterr().out
+
+    monkeypatch.setattr(graph, "_within", stopped)
+    anew, goes_on, starts_over = (True, False), (False, False), (True, True)
+    assert demo() == anew and demo() == goes_on
+    assert params.load(here / "demo/params.yaml").grid.backbones == ["pixart"]  # the grid's last
+    assert demo(backbone="sd2") == starts_over and demo(backbone="sd2") == goes_on
+    (here / "demo/gad/__pycache__").mkdir()
+    (here / "demo/gad/__pycache__/geometry.pyc").touch()
+    assert demo(backbone="sd2") == goes_on
+    for name in ("gad/geometry.py", "params.yaml"):
+        with (here / name).open("a") as file:
+            file.write("\n# new\n" if name.endswith("py") else "\nthreads: 2\n")
+        assert demo(backbone="sd2") == starts_over and demo(backbone="sd2") == goes_on
+    pending.unlink()  # it was done
+    assert demo(backbone="sd2") == anew
+    with pytest.raises(graph.PipelineError, match="--backbone sana: the grid has sd2, pixart"):
+        graph.demo(backbone="sana")
 
 
 def test_each_stage_has_a_gpu_of_its_own(monkeypatch, own_place):
@@ -196,7 +235,7 @@ def test_teachers_wait_for_captions(monkeypatch):
     assert graph._parents()["teacher@sd2"] == {"coco@val2014", "autoencoder@kl"}
 
 
-def test_interrupted_fresh_run_goes_on(own_place):
+def test_interrupted_fresh_run_goes_on(own_place, capsys):
     p = params.load()
     names = ("teacher@sd2", "distill@sd2-tdm-gad-0", "evaluate@sd2-tdm-gad-0", "tables")
     parents = {name: set() for name in names}
@@ -208,6 +247,7 @@ def test_interrupted_fresh_run_goes_on(own_place):
     graph._owe({"evaluate@sd2-tdm-gad-0"})  # the first one is done; then the machine stops
     for again in (None, "students"):
         assert graph._forced(again, parents, p) == {"evaluate@sd2-tdm-gad-0"}
+        assert f"(rm {own_place}/data/.resume/fresh forgets it)" in capsys.readouterr().out  # from any folder
     assert graph._forced("all", parents, p) == {"teacher@sd2", *students, "tables"}  # is more than what was begun
     assert graph._forced("students", parents, p) == {"teacher@sd2", *students, "tables"}  # and has all of this
     graph._owe(set())
@@ -258,11 +298,12 @@ class Copy:
 
 
 def students(backbone, paradigm):
-    return {f"{s}@{backbone}-{paradigm}-{v}-0" for s in ("distill", "evaluate", "use") for v in ("base", "gad")}
+    stages = "distill", "evaluate", "chain", "use"
+    return {f"{s}@{backbone}-{paradigm}-{v}-0" for s in stages for v in ("base", "gad")}
 
 
 def column(backbone):
-    return {f"{s}@{backbone}" for s in ("teacher", "diagnose", "references")} | students(backbone, "tdm")
+    return {f"{s}@{backbone}" for s in ("teacher", "diagnose", "nearby", "references")} | students(backbone, "tdm")
 
 
 REPORTS = {"tables", "figures", "page"}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import tomllib
 
 import nbformat
@@ -98,13 +99,19 @@ def test_stage_ids_are_the_runs():
     names = {s.addressing for s in Repo(ROOT).index.stages}
     p = params.load()
     runs = {str(r) for r in p.runs()}
-    for stage in ("distill", "evaluate"):  # and distill-controls@…, distill-maps@…
-        assert {n.partition("@")[2] for n in names if n.startswith(stage)} == runs
+    for stage, wanted in (("distill", runs - {*p.published}), ("evaluate", runs)):  # and distill-controls@…, …
+        assert {n.partition("@")[2] for n in names if n.startswith(stage)} == wanted
         for block, what in p.further:
             own = {str(r) for r in what.runs(p.seeds.distill)}
             assert {n.partition("@")[2] for n in names if n.startswith(f"{stage}-{block}@")} == own
     for group in ("teacher", "diagnose"):
         assert {n.partition("@")[2] for n in names if n.startswith(f"{group}@")} == set(p.grid.backbones)
+
+
+@pytest.mark.parametrize("given, said", [([], ""), (["BACKBONE=sd2"], "--backbone sd2")])
+def test_the_demo_is_of_the_backbone_that_is_asked_for(given, said):
+    dry = subprocess.run(["make", "--dry-run", "demo", *given], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.search(r"gad\.pipeline demo --jobs \d+ ?(.*)\n", dry.stdout)[1] == said
 
 
 def test_expensive_stages_cache_every_output():

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from gad import params, training
@@ -72,6 +73,24 @@ def test_a_step_is_adamws_at_its_rate_on_the_clipped_gradient(parts):
             torch.testing.assert_close(weight.detach(), moved, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(average, kept * before + (1 - kept) * weight.detach())
         assert torch.equal(role.averaged()["weight"], average)
+
+
+def test_a_step_in_bf16_rounds_activations_and_keeps_the_gradients_direction():
+    moments, seen = [], []
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state()
+        task, accelerator = Regression(), Accelerator(cpu=True, mixed_precision=precision)
+        role = task.roles["student"]
+        role.optimisers = [accelerator.prepare(o) for o in role.optimisers]
+        role.module[2].p = 0.0
+        role.module[0].register_forward_hook(lambda module, x, y: seen.append(y.dtype))
+        update(task, 0, 0, 1.0, accelerator)
+        kept = [v for p in role.params for k, v in role.state_of(p).items() if k in ("exp_avg", "momentum_buffer")]
+        moments.append(torch.cat([v.flatten() for v in kept]))
+        assert {p.dtype for p in role.params} == {v.dtype for v in kept} == {torch.float32}
+    AcceleratorState._reset_state()
+    assert seen == [torch.float32, torch.bfloat16]
+    assert not torch.equal(*moments) and torch.cosine_similarity(*moments, dim=0) > 0.99
 
 
 def test_muon_takes_hidden_weights_alone():

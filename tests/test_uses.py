@@ -51,8 +51,35 @@ def test_layout_vendi_and_coverage():
     assert diversity.coverage(prior, prior) == 1
     far = np.array([[[0.0, 0.0]], [[500.0, 0.0]]])
     assert diversity.layout_vendi(far) == pytest.approx(2)
-    absent = np.full((4, 1, 2), np.nan)
-    assert diversity.layout_vendi(absent) == 0 and diversity.coverage(absent[:, 0], prior) == 0
+    near = np.array([[[20.0, 20.0], [40.0, 40.0]], [[20.0 + 8, 20.0], [40.0, 40.0]]])  # one of two objects, by WIDTH
+    k = np.exp(-(8**2 / 2) / (2 * diversity.WIDTH**2))
+    shares = np.array([1 + k, 1 - k]) / 2
+    assert diversity.layout_vendi(near) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def test_whole_images_have_all_their_objects():
+    points = np.zeros((3, 2, 2))
+    points[1, 1] = np.nan
+    assert diversity.whole(points).tolist() == [True, False, True]
+
+
+def test_layouts_are_compared_in_as_many_whole_images(monkeypatch):
+    """Of 6 images the first 2 whole ones; a prompt with one alone has no score."""
+    bench = benches.Mini("sana", params.load(**{"uses.prompts": 3, "uses.train": 2, "uses.query": 1}), "cpu")
+    rng, points = np.random.default_rng(0), {}
+    for k, names in enumerate(bench.names):
+        points[k] = rng.uniform(10, 54, (6, len(names), 2))
+    points[1][[0, 2, 5]] = np.nan
+    points[2][1:] = np.nan
+    monkeypatch.setattr(detector, "layouts", lambda images, names: points[int(images[0, 0, 0, 0])])
+    found = bench.diversity(torch.arange(3.0).view(1, 3, 1, 1, 1).expand(6, 3, 3, 4, 4))
+    assert found["whole"] == pytest.approx([1, 1 / 2, 1 / 6])
+    kept = points[0][:2], points[1][[1, 3]]
+    assert found["layout_vendi"][:2] == pytest.approx([diversity.layout_vendi(x) for x in kept])
+    assert np.isnan(found["layout_vendi"][2]) and np.isnan(found["coverage"][2])
+    for k, x in enumerate(kept):
+        prior = scenes.relayout(bench.world[k], 512, k).centre[:, 0]
+        assert found["coverage"][k] == diversity.coverage(x[:, 0], prior)
 
 
 def test_layouts_are_read_from_images():
@@ -98,6 +125,8 @@ def test_attributes_of_known_images():
     plain = noise_query.attributes(torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 64, 64))
     assert plain["saturation"] == pytest.approx([1]) and plain["warmth"] == pytest.approx([1])
     assert plain["brightness"] == pytest.approx([1 / 3])
+    dark = noise_query.colours(torch.tensor([0.02, 0.0, 0.01]).view(1, 3, 1, 1).expand(1, 3, 64, 64))
+    assert dark["saturation"] == pytest.approx([0.02])  # whose HSV saturation is 1
     assert np.isnan(noise_query.attributes(torch.ones(1, 3, 64, 64))["centroid x"]).all()
 
 
@@ -119,6 +148,10 @@ def test_shift_and_rank_correlation_between_floor_and_ceiling():
     deaf = np.tile(own[:1], (64, 1))
     assert not noise_query.shift(deaf[top], deaf[bottom], 1.0).any()
     assert not noise_query.rank_correlation(library, deaf).any()
+    few = models[2].copy()
+    few[2:, 0], few[3:, 1] = np.nan, np.nan
+    found = noise_query.rank_correlation(library, few)
+    assert np.isnan(found[0]) and found[1:] == pytest.approx(np.ones(4))
 
 
 # The stage
@@ -126,7 +159,24 @@ def test_shift_and_rank_correlation_between_floor_and_ceiling():
 
 def test_no_prompt_is_on_both_sides():
     bench = benches.Mini("sana", params.load(), "cpu")
-    assert len(set(bench.prompts)) == len(bench.world) == params.load().uses.prompts
+    assert len({tuple(sorted(own)) for own in bench.names}) == len(bench.world) == params.load().uses.prompts
+    many = {"uses.prompts": 5000}
+    with pytest.raises(ValueError, match=r"uses.prompts=5000: 40000 scenes have \d+ different sets of objects; lower"):
+        benches.Mini("sana", params.load(**many), "cpu")
+
+
+def test_numbers_are_kept_to_six_digits():
+    data = {"a": [1 / 3, float("nan")], "b": {"n": 12345678, "s": "x", "ok": True}, "c": 2 / 3 * 1e-9}
+    found = stage.rounded(data)
+    assert str(found) == "{'a': [0.333333, nan], 'b': {'n': 12345678, 's': 'x', 'ok': True}, 'c': 6.66667e-10}"
+
+
+def test_the_world_has_any_background_where_none_is_named():
+    bench = benches.Mini("sana", params.load(), "cpu")
+    for k, images in enumerate(bench.real.unbind(1)):
+        shown = {detector.detect(image)[1] for image in images}
+        own = [*scenes.BACKGROUNDS][bench.world.background[k]]
+        assert shown == {own} if bench.world.named[k] else len(shown) > 1
 
 
 def test_boxes_are_shuffled_among_prompts_of_as_many():
@@ -134,7 +184,7 @@ def test_boxes_are_shuffled_among_prompts_of_as_many():
     assert [b[0, 0] for b in stage._others(boxes)] == [2, 3, 4, 1, 0]
 
 
-@pytest.mark.parametrize("key, value", [("uses.train", 64), ("uses.query", 65), ("uses.scale", 0.0)])
+@pytest.mark.parametrize("key, value", [("uses.train", 64), ("uses.seeds", 2), ("uses.query", 65), ("uses.scale", 0.0)])
 def test_sizes_that_do_not_fit(key, value):
     with pytest.raises(ParamsError, match=key.split(".")[1]):
         params.load(**{key: value})
@@ -177,13 +227,19 @@ def place(tmp_path_factory):
         )
 
 
+def text(data):
+    """Equal where `data` is, NaN and all."""
+    return json.dumps(data, sort_keys=True)
+
+
 def test_a_student_that_is_its_teacher_is_of_the_same_use(place):
     _, teacher, student = place
     for part in ("quality", "distance", "diversity", "layout", "query"):
-        assert student[part] == teacher[part], part
+        assert text(student[part]) == text(teacher[part]), part
     assert student["seeds"]["self"] == student["seeds"]["teacher"] == teacher["seeds"]["self"]
     assert student["hybrid"]["quality"] == teacher["quality"]  # the teacher's first step, then its own others
-    assert teacher["untrained"] == {k: v for k, v in student.items() if k not in ("run", "hybrid")}  # it learnt nothing
+    learnt_nothing = {k: v for k, v in student.items() if k not in ("run", "hybrid")}
+    assert text(teacher["untrained"]) == text(learnt_nothing)
     guided, free = (np.array(teacher["layout"][k]["clip"]) for k in ("guided", "free"))
     assert (guided != free).all()  # guidance reaches the images
 
@@ -206,7 +262,7 @@ def test_a_student_deaf_to_its_noise_is_of_no_use_and_half_deaf_of_some(place):
     assert np.allclose(deaf["diversity"]["vendi"], 1)
     for key, ceiling in teacher["query"]["shift"].items():
         assert np.allclose(deaf["query"]["shift"][key], 0, atol=1e-4, equal_nan=True), key
-        assert whole["query"]["shift"][key] == ceiling
+        assert whole["query"]["shift"][key] == pytest.approx(ceiling, rel=1e-5, nan_ok=True), key
     brightness = [np.mean(np.abs(f["query"]["shift"]["brightness"])) for f in (deaf, half, whole)]
     between(*brightness)
     for kind in stage.KINDS:
@@ -227,7 +283,7 @@ def result(vendi=3.0, shift=1.0, ap=0.5):
     kinds = {k: {"top1": [0.5, 0.7], "top5": [0.9, 1.0]} for k in ("linear", "cnn")}
     return {
         "quality": lists, "distance": {"fid": 1.0, "fid_draws": [1.0, 1.2], "kid": 0.1, "kid_draws": [0.1, 0.2]},
-        "diversity": {"vendi": [vendi] * 3, "layout_vendi": [2.0] * 3, "coverage": [0.5] * 3},
+        "diversity": {"vendi": [vendi] * 3, "layout_vendi": [2.0] * 3, "coverage": [0.5] * 3, "whole": [1.0] * 3},
         "seeds": {"self": kinds, "teacher": kinds, "prompts": {n: kinds["linear"] for n in ("9", "18", "36")}},
         "layout": how,
         "query": {"shift": {"area": [shift, 2 * shift]}, "rho": {"area": [0.1, 0.2, 0.3]},
@@ -269,6 +325,22 @@ def test_differences_are_gad_less_base(long):
     assert "the world" not in set(long["table2"]["model"]) and "the world" in set(long["table3"]["model"])
 
 
+def test_nearer_is_told_of_prompts_that_all_have_values_for():
+    nan = float("nan")
+    gad, base, teacher = ({"k": x} for x in ([1.0, nan, 3.0, 9.0], [2.0, 5.0, 3.0, nan], [0.0, 0.0, 1.0, 0.0]))
+    found = tables._gap(gad, base, teacher, "k", 20)["distance from the teacher's k"]
+    assert found[0] == pytest.approx(abs(2 - 0.5) - abs(2.5 - 0.5))
+    assert tables._gap({"k": [nan]}, {"k": [1.0]}, {"k": [1.0]}, "k", 20) == {}
+
+
+def test_layouts_are_counted(monkeypatch):
+    sizes = {"sd2": 48, "pixart": 40, "sana": 44}
+    monkeypatch.setattr(tables, "models", lambda p, b: {"teacher": {"layout": {"free": {"clip": [0.0] * sizes[b]}}}})
+    assert tables.layouts(params.load()) == "40 to 48"
+    sizes |= dict.fromkeys(sizes, 48)
+    assert tables.layouts(params.load()) == "48"
+
+
 def test_seeds_of_distillation_are_averaged():
     mean = tables.merged([result(2.0), result(4.0)])
     assert mean["diversity"]["vendi"] == pytest.approx([3.0] * 3)
@@ -280,6 +352,12 @@ def test_intervals():
     assert about == pytest.approx((1.0, 1 - 47.5, 1 + 47.5))
     value, low, high = tables.interval([0.0, 1.0] * 50, 400)
     assert value == 0.5 and 0.35 < low < 0.5 < high < 0.65
+
+
+def test_prompts_without_a_value_are_left_out_of_an_interval():
+    few = [float("nan")] * 43 + [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert tables.interval(few, 2000) == tables.interval(few[43:], 2000) and tables.interval(few, 50)[0] == 3
+    assert np.isnan(tables.interval([float("nan")] * 3, 50)).all()
 
 
 def test_shares_stay_shares_and_differences_do_not(long):

@@ -100,6 +100,19 @@ def test_objects_lie_inside_and_apart():
                 assert distance >= world.radius[i, a] + world.radius[i, b]
 
 
+def test_corners_overlap_in_few_crowded_scenes():
+    """Circles of the objects' radii never do; squares and triangles reach beyond theirs."""
+    world = scenes.sample(2000, 2, "test")
+    crowded = world[np.flatnonzero(world.count > 1)]
+    x, y = np.meshgrid(np.arange(scenes.SIZE) + 0.5, np.arange(scenes.SIZE) + 0.5)
+    covered = np.zeros((len(crowded), scenes.SIZE, scenes.SIZE), dtype=int)
+    for i in range(len(crowded)):
+        for k in range(crowded.count[i]):
+            (cx, cy), shape = crowded.centre[i, k], scenes.SHAPES[crowded.shape[i, k]]
+            covered[i] += scenes.coverage(shape, x - cx, y - cy, crowded.radius[i, k]) > 0.5
+    assert 0 < (covered > 1).any(axis=(1, 2)).mean() < 0.05
+
+
 def test_captions_name_the_objects_and_nothing_of_the_layout(world):
     backgrounds = 0
     for caption, wanted in zip(world.captions(), objects(world), strict=True):

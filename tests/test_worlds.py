@@ -1,5 +1,6 @@
 """The world of photographs, from files of its formats to Table 1: tiny pipelines and judges of the real classes."""
 
+import inspect
 import json
 import os
 import random
@@ -9,7 +10,7 @@ import sys
 import pandas as pd
 import pytest
 import yaml
-from conftest import build
+from conftest import build, perturb
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -19,7 +20,9 @@ from test_formats import sana as instructed_sana
 from gad import params, paths
 from gad.graph import ALONE, sandbox
 from gad.params import ROOT, ParamsError
-from gad.stages.common import write_json
+from gad.stages import evaluation
+from gad.stages import world as stage
+from gad.stages.common import placed, write_json
 from gad.world import coco, scenes
 from gad.worlds import Mini, world_of
 
@@ -129,14 +132,47 @@ def test_captions_that_changed_since_the_teacher_was_measured_are_refused(tmp_pa
     data["backbones"]["sd2"] |= {"world": "coco", "path": "somewhere"}
     data["coco"] |= {"prompts": str(own), "judges": {kind: {"path": "somewhere"} for kind in JUDGES}}
     p = params.validate(data)
-    files = world_of("sd2", p).data.hashes()
-    assert set(files) == {"prompts.csv", "layouts.jsonl", "own.txt"}
+    files = world_of("sd2", p).hashes()
+    code = {f"gad.world.{name}" for name in ("coco", "experts", "prompts")}
+    assert set(files) == {"prompts.csv", "layouts.jsonl", "train: own.txt", *code}
     write_json(paths.teacher("sd2") / "source.json", {"files": files})
     world_of("sd2", p)
     own.write_text("a dog\n")
     with pytest.raises(ValueError, match=r"own\.txt has changed since .*: `dvc repro -f teacher@sd2`"):
         world_of("sd2", p)
     assert world_of("sd2", p, anew=True).prompts(1, 0) == ["a dog"]
+    own.write_text("a cat\n")
+    world_of("sd2", p)
+    monkeypatch.setattr(inspect, "getsource", lambda module: f"another {module.__name__}")
+    with pytest.raises(ValueError, match=r"gad\.world\.coco has changed since .*: `dvc repro -f teacher@sd2`"):
+        world_of("sd2", p)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_given_teacher_that_is_another_than_was_measured_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "DATA", tmp_path)
+    made, folder = PIPELINES[name](), tmp_path / "given"
+    made.pipeline.save_pretrained(folder)
+    data = params.load().model_dump()
+    data["backbones"][name] |= {"path": str(folder), "teacher_steps": 4, "pretrain": {"prompts": 2}}
+    p = params.validate(data)
+    stage.teacher(name, p)
+    placed("cpu", name, p)
+    perturb(made.pipeline.vae)
+    made.pipeline.save_pretrained(folder)
+    with pytest.raises(ValueError, match=rf"{folder} is another .* saw: run `dvc repro -f teacher@{name}`$"):
+        placed("cpu", name, p)
+    stage.teacher(name, p)  # which measures it anew
+    placed("cpu", name, p)
+
+
+def test_samples_are_drawn_as_many_at_once_as_the_memory_allows(monkeypatch):
+    p, seen, teacher = params.load(**{"evaluation.batch": 1}), [], build("sana")
+    raw = teacher.raw
+    monkeypatch.setattr(teacher, "raw", lambda network, x, *rest: (seen.append(len(x)), raw(network, x, *rest))[1])
+    prompts, which = ["a red circle"] * 5, p.backbones["sana"].model_copy(update={"teacher_steps": 2})
+    images = evaluation.samples(teacher, teacher.network, prompts, 2, which, p.evaluation, 0)
+    assert images.shape == (10, 3, 64, 64) and max(seen) == 2 * p.evaluation.drawn == 4  # with guidance, and without
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,15 @@ from .base import Backbone, Condition
 BACKBONES = {"sd2": sd2.SD2, "pixart": pixart.PixArt, "sana": sana.Sana}
 MINIATURES = {"sd2": sd2.miniature, "pixart": pixart.miniature, "sana": sana.miniature}
 
-__all__ = ["BACKBONES", "MINIATURES", "Backbone", "Condition", "load", "load_network", "with_lora"]
+__all__ = ["BACKBONES", "MINIATURES", "Backbone", "Condition", "load", "load_network", "registered", "with_lora"]
+
+
+def registered(name: str, miniature: bool = False):
+    """Entry `name` of BACKBONES, or of MINIATURES; ValueError that says where it is to be added."""
+    table, what = (MINIATURES, "MINIATURES") if miniature else (BACKBONES, "BACKBONES")
+    if name not in table:
+        raise ValueError(f"backbone {name!r} is not in {what}: add it there, in gad/backbones/__init__.py")
+    return table[name]
 
 
 def load(name_or_path: str | Path, params=None, revision: str | None = None) -> Backbone:
@@ -32,7 +40,7 @@ def load(name_or_path: str | Path, params=None, revision: str | None = None) -> 
     if entry:
         path = entry.path or paths.teacher(str(name_or_path))
         family = entry.family or str(name_or_path)
-        dtype = {"default": getattr(torch, entry.dtype), BACKBONES[family].part: torch.float32}
+        dtype = {"default": getattr(torch, entry.dtype), registered(family).part: torch.float32}
         options = {"revision": entry.revision, "variant": entry.variant, "dtype": dtype}
     else:
         path = name_or_path

@@ -43,6 +43,12 @@ class SD2(Backbone):
     def blocks(self, network):
         return [*network.down_blocks, network.mid_block, *network.up_blocks]
 
+    def cross_attentions(self, network):
+        """Those of the mid block and of the first up block that has any, as Chen et al. (2024) guide Stable
+        Diffusion."""
+        up = next(b for b in network.up_blocks if getattr(b, "has_cross_attention", False))
+        return [m for block in (network.mid_block, up) for n, m in block.named_modules() if n.endswith("attn2")]
+
 
 def miniature(vae, words) -> StableDiffusionPipeline:
     """A random-weight pipeline at the world's size. `words`: the vocabulary."""

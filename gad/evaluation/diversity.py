@@ -22,20 +22,20 @@ def vendi(features: np.ndarray) -> np.ndarray:
     return np.array([scores.score_X(features[:, k].astype(np.float64)) for k in range(features.shape[1])])
 
 
+def whole(points: np.ndarray) -> np.ndarray:
+    """(S,) bool of layouts (S, K, 2), NaN where an object is absent: does the image have all K of them?"""
+    return ~np.isnan(points).any((1, 2))
+
+
 def layout_vendi(points: np.ndarray) -> float:
-    """Vendi score of layouts (S, K, 2) under a Gaussian kernel; images that lack an object are left out, none is 0."""
-    points = points[~np.isnan(points).any((1, 2))]
-    if not len(points):
-        return 0.0
+    """Vendi score of layouts (m, K, 2) under a Gaussian kernel, in [1, m]: only scores of as many compare."""
     distance = np.linalg.norm(points[:, None] - points[None], axis=-1)  # (S, S, K)
     return float(scores.score_K(np.exp(-(distance**2).mean(-1) / (2 * WIDTH**2))))
 
 
 def coverage(points: np.ndarray, prior: np.ndarray) -> float:
-    """Share of the prior's centres (M, 2) that have one of a model's (S, 2) within NEAR pixels, in [0, 1]."""
-    points = points[~np.isnan(points).any(1)]
-    if not len(points):
-        return 0.0
+    """Share of the prior's centres (M, 2) that have one of a model's (m, 2) within NEAR pixels, in [0, 1]; the more
+    there are, the larger."""
     return float((np.linalg.norm(prior[:, None] - points[None], axis=-1).min(1) < NEAR).mean())
 
 

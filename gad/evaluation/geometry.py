@@ -21,12 +21,13 @@ def endpoint(backbone: Backbone, network, cond: Condition, steps: int, cfg: floa
 
 
 def tangents(make_map, x: Tensor, v: Tensor, cond: Condition, batch: int, name: str = "") -> tuple[Tensor, Tensor]:
-    """`(f(x), J_f v)` over (N, …), `batch` at a time; `make_map(cond)` gives the map of a batch's prompts."""
+    """`(f(x), J_f v)` over (N, …), `batch` at a time; `make_map(cond)` gives the map of a batch's prompts, which come
+    to the device of `x` with it."""
     parts = []
     with torch.no_grad():
         for i in tqdm(range(0, len(x), batch), desc=f"tangents {name}", disable=None):
             j = slice(i, i + batch)
-            parts.append(geometry.jvp(make_map(cond[j]), x[j], v[j]))
+            parts.append(geometry.jvp(make_map(cond[j].to(x.device)), x[j], v[j]))
     y, jv = zip(*parts, strict=True)
     return torch.cat(y), torch.cat(jv)
 

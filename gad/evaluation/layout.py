@@ -3,12 +3,13 @@
 Chen, Laina & Vedaldi (2024), "Training-free layout control with cross-attention guidance": a state moves against the
 gradient of how much of its words' attention falls outside their boxes. Ours: every move has the same size (theirs is
 the gradient times σ_t² and a constant); attention is added up over heads and an object's words before its share is
-taken; every model has as many moves at the same noise. Boxes are (k, 4) arrays x0, y0, x1, y1 in pixels of 64 × 64,
-onto which images of another size are scaled.
+taken; every model has as many moves, at the same noise or, with a number of steps of its own, near it. Boxes are
+(k, 4) arrays x0, y0, x1, y1 in pixels of 64 × 64, onto which images of another size are scaled.
 """
 
 import io
 import re
+from collections import Counter
 from contextlib import redirect_stdout
 from itertools import chain
 
@@ -109,14 +110,12 @@ def guided(
     steps: int, cfg: float, times: list[float], evals: int, scale: float,
 ) -> Tensor:
     """`backbone.sample`, with `evals` moves of the state at its sampling time nearest to each of `times`: a flow's
-    many steps only come near those of its few. `tokens`: a sample's objects' `phrase_tokens`, in the order of its
-    boxes. ValueError where two of `times` fall on one of the sampler's."""
+    many steps only come near those of its few, and where a model of fewer has one time near two of them, all their
+    moves are there. `tokens`: a sample's objects' `phrase_tokens`, in the order of its boxes."""
     x, own, goal = z, backbone.times(steps).to(z.device), rows(tokens, boxes, z.device)
-    at = {int((own[:-1] - time).abs().argmin()) for time in times}
-    if len(at) < len(times):
-        raise ValueError(f"steps={steps} has no {len(times)} sampling times near {times}")
+    at = Counter(int((own[:-1] - time).abs().argmin()) for time in times)
     for k, (t, s) in enumerate(zip(own[:-1].unbind(), own[1:].unbind(), strict=True)):
-        for _ in range(evals if k in at else 0):
+        for _ in range(evals * at[k]):
             x = move(backbone, network, x, t, cond, goal, scale)
         x = backbone.step(network, x, t.expand(len(x)), s.expand(len(x)), cond, cfg)
     return x

@@ -2,7 +2,6 @@
 (NoiseQuery)."""
 
 import numpy as np
-from matplotlib.colors import rgb_to_hsv
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -13,11 +12,12 @@ _PALETTE = np.array([*COLOURS.values(), *BACKGROUNDS.values()], dtype=np.float32
 
 def colours(images: Tensor) -> dict[str, np.ndarray]:
     """Of any images (n, 3, H, W) in [0, 1], (n,) each: `brightness` and `saturation` in [0, 1], `warmth` (red less
-    blue) in [−1, 1]."""
+    blue) in [−1, 1]. Ours: NoiseQuery's saturation is HSV's, a quotient that is large in what is all but black; here it
+    is the largest channel less the smallest."""
     x = images.float().cpu().numpy()
     return {
         "brightness": x.mean((1, 2, 3)),
-        "saturation": rgb_to_hsv(x.transpose(0, 2, 3, 1))[..., 1].mean((1, 2)),
+        "saturation": np.ptp(x, 1).mean((1, 2)),
         "warmth": (x[:, 0] - x[:, 2]).mean((1, 2)),
     }
 
@@ -55,10 +55,12 @@ def shift(top: np.ndarray, bottom: np.ndarray, spread: float) -> np.ndarray:
 
 def rank_correlation(library: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Spearman's ρ over S noises between what the teacher makes of them unprompted (S,) and a model's images of each
-    prompt (S, P): (P,) in [−1, 1]; 0 where a model's value never changes."""
+    prompt (S, P): (P,) in [−1, 1]; 0 where a model's value never changes, NaN where fewer than three are known."""
     out = np.zeros(values.shape[1])
     for k, column in enumerate(values.T):
         keep = ~np.isnan(library) & ~np.isnan(column)
-        if keep.sum() > 2 and np.ptp(column[keep]) > 0 and np.ptp(library[keep]) > 0:
+        if keep.sum() < 3:
+            out[k] = np.nan
+        elif np.ptp(column[keep]) > 0 and np.ptp(library[keep]) > 0:
             out[k] = spearmanr(library[keep], column[keep]).statistic
     return out

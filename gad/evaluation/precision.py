@@ -37,7 +37,7 @@ def _maps(backbone, network, cond, batch, cfg=1.0):
 
     def whole(x):
         parts = [slice(i, i + batch) for i in range(0, len(x), batch)]
-        return torch.cat([output(cond[j])(x[j]) for j in parts])
+        return torch.cat([output(cond[j].to(x.device))(x[j]) for j in parts])
 
     return output, whole
 

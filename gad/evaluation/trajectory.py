@@ -20,7 +20,7 @@ def errors(backbone: Backbone, student, teacher: Paths, batch: int = 64) -> dict
     times = backbone.times(steps).to(teacher.states.device)
     found: dict[str, list] = {"relative": [], "rmse": [], "local": []}
     for i in tqdm(range(0, len(teacher), batch), "trajectories", disable=None):
-        its, c = teacher.states[i:i + batch], teacher.cond[i:i + batch]
+        its, c = teacher.states[i:i + batch], teacher.cond[i:i + batch].to(teacher.states.device)
         own = backbone.sample(student, its[:, 0], c, steps, return_trajectory=True).transpose(0, 1)
         alone = torch.stack([
             backbone.step(student, its[:, k], times[k].expand(len(its)), times[k + 1].expand(len(its)), c)

@@ -112,7 +112,7 @@ class Paradigm:
     form = "map"
     paired = False
     guided_fake = False
-    settings: tuple[str, ...]  # its keys in params.yaml, all of them needed; any may have `steps`, of its training
+    settings: tuple[str, ...] = ()  # its keys in params.yaml, all of them needed; any may have `steps`, of its training
 
     def __init__(self, backbone: Backbone, steps: int, cfg: float, p: dict, distill):
         name = type(self).__name__.lower()
@@ -120,7 +120,7 @@ class Paradigm:
             if key not in p:
                 raise ValueError(f"paradigms.{name}.{key} is missing: add it")
             if key not in self.settings:
-                known = ", ".join(self.settings)
+                known = ", ".join(self.settings) or "no `settings`"
                 raise ValueError(f"paradigms.{name}.{key}={p[key]!r} is not a key of this paradigm: it has {known}")
         self.backbone, self.steps, self.cfg, self.p = backbone, steps, cfg, p
         self.teacher = backbone.network

@@ -6,8 +6,10 @@ from torch.nn import functional as F
 
 from .. import geometry
 from ..diffusion import t_like
-from ..tangents import Tangents
+from ..tangents import Tangents, rows
 from .base import Draws, Paradigm, pseudo_huber
+
+NEED_A_FAKE = ("score", "paired-score", "released")  # the others, output forms, learn from the teacher's paths
 
 
 def gad_loss(
@@ -34,7 +36,7 @@ def gad_loss(
     """
     if gad.lam == 0 or turn % gad.every:
         return None
-    if gad.form in ("score", "paired-score", "released") and paradigm.point is None:
+    if gad.form in NEED_A_FAKE and paradigm.point is None:
         raise ValueError(f"gad.form={gad.form!r} needs a paradigm with a fake score: use 'map' or 'step'")
     form, draws = FORMS[gad.form], Draws(generator, *part)
     loss = sum(form(paradigm, tangents, gad, draws) for _ in range(gad.directions)) / gad.directions
@@ -64,8 +66,8 @@ def _along_the_path(paradigm, tangents, gad, draws):
     (x, x0), (u, ju) = ((a[n, k], backbone.levels.ends(a[n, k], t, a[n, k + 1], s)[0])
                         for a in (tangents.states, tangents.responses))
     size = u.flatten(1).square().mean(1).sqrt()  # so that h is per element here too
-    u, ju = u / t_like(size, u), ju / t_like(size, u)
-    return lambda y: backbone.x0(paradigm.student, y, t, tangents.cond[n]), x, u, x0, ju, t
+    u, ju, cond = u / t_like(size, u), ju / t_like(size, u), rows(tangents.cond, n)
+    return lambda y: backbone.x0(paradigm.student, y, t, cond), x, u, x0, ju, t
 
 
 def _unrelated(paradigm, tangents, gad, draws):

@@ -1,6 +1,7 @@
 """The pipeline's stages as functions, a file for each kind. Notebooks and `python -m gad` call these alone."""
 
 from .benchmark import benchmark
+from .chains import chain, nearby
 from .cost import cost
 from .diagnosis import diagnose
 from .distillation import distill, publish
@@ -9,5 +10,5 @@ from .trial import trial
 from .uses import judge, references, use
 from .world import autoencoder, teacher
 
-__all__ = ["autoencoder", "benchmark", "cost", "diagnose", "distill", "evaluate", "judge", "publish", "references",
-           "teacher", "trial", "use"]
+__all__ = ["autoencoder", "benchmark", "chain", "cost", "diagnose", "distill", "evaluate", "judge", "nearby", "publish",
+           "references", "teacher", "trial", "use"]

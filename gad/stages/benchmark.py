@@ -17,7 +17,7 @@ from .. import architectures, paths
 from ..backbones import BACKBONES, MINIATURES, Backbone
 from ..distill import Distillation
 from ..evaluation import geometry
-from ..paradigms import PARADIGMS
+from ..paradigms import find
 from ..params import Params
 from ..tables import cell
 from ..tangents import Samples, Tangents
@@ -150,6 +150,7 @@ def _check(p, backbones, paradigms, blocks, batch, precision, miniature, gpus):
     for name in paradigms:
         if name not in p.paradigms:
             raise ValueError(f"paradigms: {name!r} is not in params.yaml; there are {', '.join(p.paradigms)}")
+        find(name)
     if precision not in ("no", "bf16"):
         raise ValueError(f"precision={precision!r} is not timed: use 'no' (fp32) or 'bf16'")
     for key, value, least in (("blocks", blocks, 2), ("batch", batch, 1), ("gpus", gpus, 1)):
@@ -185,7 +186,7 @@ def _miniature(name, p, device) -> Backbone:
 
 def _data(model, which, n, seed) -> tuple[Tangents, Samples]:
     """Random ones of the shapes that the diagnose stage leaves."""
-    cond = model.encode(scenes.sample(n, seed, "train").captions())
+    cond = model.encode(scenes.sample(n, seed, "train").captions(), device="cpu")
     states, responses = torch.randn(2, n, which.student_steps + 1, *model.latent_shape, device=model.device)
     return Tangents(states, responses, cond), Samples(states[:, 0], states[:, -1], cond)
 
@@ -245,7 +246,7 @@ def _row(model, name, which, data, gad, p, batch, blocks, compiled, checkpointin
 def _tasks(model, name, which, data, gad, p, batch, compiled, checkpointing, accelerator) -> dict[str, _Timed]:
     for block in model.blocks(model.network):
         vars(block).pop("forward", None)  # compiled for the paradigm before: a copy would call the original's
-    paradigm = PARADIGMS[name](model, which.student_steps, which.cfg, p.paradigms[name], p.distill)
+    paradigm = find(name)(model, which.student_steps, which.cfg, p.paradigms[name], p.distill)
     tangents, samples = data
     tasks = {
         k: Distillation(paradigm, tangents.cond, tangents, term, batch, 0, samples)

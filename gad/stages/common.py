@@ -1,5 +1,6 @@
 """What every stage does first and last."""
 
+import hashlib
 import importlib.util
 import json
 import sys
@@ -45,10 +46,31 @@ def prepare(p: Params, precision: str = "no", track: str | None = None) -> Accel
     return made
 
 
-def placed(device, name: str, p: Params) -> Backbone:
+def placed(device, name: str, p: Params, anew: bool = False) -> Backbone:
     """Backbone `name` on `device`, its text encoder there only while it encodes what no stage has yet: T5 and Gemma
-    would take more memory than the networks."""
-    return keep(load(name, p), paths.embeddings(), device)
+    would take more memory than the networks. ValueError where it is one given by its path and, but `anew`, no longer
+    the one that was measured: DVC sees it only through the teacher's folder."""
+    made, source = load(name, p), paths.teacher(name) / "source.json"
+    if p.backbones[name].path and source.exists() and not anew:
+        known = json.loads(source.read_text()).get("weights")
+        if known and known != fingerprint(made):
+            raise ValueError(f"the checkpoint at {p.backbones[name].path} is another than the one the teacher stage "
+                             f"saw: run `dvc repro -f teacher@{name}`")
+    return keep(made, paths.embeddings(), device)
+
+
+def fingerprint(backbone: Backbone) -> str:
+    """A hash of every weight of its pipeline, and of its parts' settings; seconds for T5-XXL."""
+    found = hashlib.sha256()
+    for part, module in sorted(backbone.pipeline.components.items()):
+        config = getattr(module, "config", {})
+        settings = config if isinstance(config, dict) else config.to_dict()
+        own = {k: v for k, v in settings.items() if not k.startswith("_") and k != "transformers_version"}
+        found.update(f"{part} {sorted(own.items(), key=lambda kv: kv[0])}".encode())
+        for name, w in module.state_dict().items() if isinstance(module, torch.nn.Module) else ():
+            found.update(f"{part} {name} {w.dtype} {tuple(w.shape)}".encode())
+            found.update(w.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def write_json(path: Path, data) -> Path:
@@ -56,6 +78,15 @@ def write_json(path: Path, data) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, separators=(",", ":")) + "\n")
     return path
+
+
+def rounded(data, digits: int = 6):
+    """Lists and dicts of numbers with their floats to as many significant digits."""
+    if isinstance(data, dict):
+        return {k: rounded(v, digits) for k, v in data.items()}
+    if isinstance(data, list):
+        return [rounded(v, digits) for v in data]
+    return float(f"{data:.{digits}g}") if isinstance(data, float) else data
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> Path:

@@ -13,7 +13,7 @@ import torch
 from .. import paths
 from ..distill import Distillation
 from ..evaluation.geometry import interval_columns
-from ..paradigms import PARADIGMS
+from ..paradigms import find
 from ..params import Params
 from ..tables import cell
 from ..tangents import Samples, Tangents
@@ -39,18 +39,18 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
     that takes turns is long."""
     if blocks < 1:
         raise ValueError(f"blocks={blocks} is too few: give 1 or more, of which an interval needs several")
-    accelerator = prepare(p, p.distill.precision)
+    accelerator, paradigms = prepare(p, p.distill.precision), {name: find(name) for name in p.paradigms}
     model = placed(accelerator.device, backbone, p)
     which, endpoints = p.backbones[backbone], paths.endpoints(backbone)
     tangents = Tangents.load(endpoints / "train.safetensors", model)
     samples = Samples.load(endpoints / "samples.safetensors", model)
-    cond = model.encode(world_of(backbone, p).prompts(p.distill.prompts, p.seeds.world))
+    cond = model.encode(world_of(backbone, p).prompts(p.distill.prompts, p.seeds.world), device="cpu")
     terms = {"base": None, "gad": p.gad, "every": p.gad.model_copy(update={"every": 4})}
     if "map" in p.controls:
         terms["map"] = p.controls["map"]
     rows = []
-    for name in p.paradigms:
-        paradigm = PARADIGMS[name](model, which.student_steps, which.cfg, p.paradigms[name], p.distill)
+    for name, method in paradigms.items():
+        paradigm = method(model, which.student_steps, which.cfg, p.paradigms[name], p.distill)
         tasks = {
             k: Distillation(paradigm, cond, tangents, term, p.distill.batch, 0, samples) for k, term in terms.items()
         }

@@ -71,5 +71,5 @@ def diagnose(backbone: str, p: Params) -> dict:
 def _unseen(teacher, world, times, which, e, seed, path):
     """The teacher's side of Table 4."""
     prompts = world.prompts(e.trajectory_prompts, seed, "unseen")
-    z, cond = teacher.noise(len(prompts), seed), teacher.encode(prompts)
+    z, cond = teacher.noise(len(prompts), seed), teacher.encode(prompts, device="cpu")
     Paths.of(teacher, z, cond, times, which.teacher_steps, which.cfg, e.drawn).save(path, prompts, seed)

@@ -7,7 +7,7 @@ import shutil
 from .. import diffusion, geometry, paths, training
 from .. import distill as students
 from ..backbones import load, with_lora
-from ..paradigms import PARADIGMS, base, forms
+from ..paradigms import base, find, forms
 from ..params import Params, Run
 from ..tangents import Samples, Tangents
 from ..worlds import world_of
@@ -37,21 +37,21 @@ def distill(run: Run, p: Params, track: str | None = None) -> dict:
 def student(run: Run, p: Params, folder, work, accelerator):
     """Train `run` to `folder`; what `gad.distill.distill` returns, and the backbone."""
     students.shareable(run, p, accelerator.num_processes)
+    paradigm, endpoints = find(run.paradigm), paths.endpoints(run.backbone)
     backbone = placed(accelerator.device, run.backbone, p)
-    endpoints, paired = paths.endpoints(run.backbone), PARADIGMS[run.paradigm].paired
     prompts = world_of(run.backbone, p).prompts(p.distill.prompts, p.seeds.world)
     with accelerator.main_process_first():  # which encodes all prompts there will be; the others read them
         cond = backbone.encode(prompts, device="cpu")  # of T5's, 2 GB for each 1000
         train, test = (Tangents.load(endpoints / f"{k}.safetensors", backbone) for k in ("train", "probe"))
-        samples = Samples.load(endpoints / "samples.safetensors", backbone) if paired else None
+        samples = Samples.load(endpoints / "samples.safetensors", backbone) if paradigm.paired else None
     term = p.term(run.variant)
     config = {
         "run": list(run), "distill": p.distill.identity, "paradigm": p.settings(run.paradigm, run.variant),
         "backbone": p.backbones[run.backbone].model_dump(), "teacher": train.x0.double().sum().item(),
         "gad": term.model_dump() if term else None, "steps": p.steps(run.paradigm, run.variant),
         "code": _code(training, students, geometry, diffusion, base, forms, *map(inspect.getmodule, (
-            type(backbone).__base__, type(backbone), PARADIGMS[run.paradigm]))),
-    } | ({"samples": samples.x0.double().sum().item()} if paired else {})
+            type(backbone).__base__, type(backbone), paradigm))),
+    } | ({"samples": samples.x0.double().sum().item()} if paradigm.paired else {})
     made = students.distill(run, p, backbone, cond, train, test, samples, folder, work, accelerator, config)
     return made, backbone
 

@@ -42,13 +42,16 @@ def evaluate(run: Run, p: Params) -> dict:
     if run.variant == "base" and steps > 1:
         out["hybrid"] = measured((teacher.network, which.cfg))  # the teacher's first step, then the student
     write_json(paths.result(run), out)
-    prompts = world.prompts(8, seed + 8, "test")
-    rows = [
-        teachers.generate(teacher, network, prompts, n, cfg, seed + 8)
-        for network, n, cfg in ((teacher.network, which.teacher_steps, which.cfg), (student, steps, 1.0))
-    ]
     paths.sample_grid(run).parent.mkdir(parents=True, exist_ok=True)
-    save_image(torch.cat(rows), paths.sample_grid(run), nrow=8)
+    prompts = world.prompts(8, seed + 8, "test")
+    save_image(samples(teacher, student, prompts, steps, which, e, seed + 8), paths.sample_grid(run), nrow=8)
     told = {k: float(np.mean(out["quality"][k])) for k in world.keys}
     return {"cos": float(np.mean(out["endpoint"]["cos"])), **told}
 
+
+def samples(teacher, student, prompts, steps, which, e, seed) -> torch.Tensor:
+    """Images of the teacher, then of the student, one a prompt each, of the same noises."""
+    return torch.cat([
+        teachers.generate(teacher, network, prompts, n, cfg, seed, e.drawn)
+        for network, n, cfg in ((teacher.network, which.teacher_steps, which.cfg), (student, steps, 1.0))
+    ])

@@ -13,6 +13,7 @@ from ..evaluation.geometry import compare, endpoint, interval_columns, tangents
 from ..params import Params, Run
 from ..tables import cell
 from ..tangents import Tangents
+from ..training import identity_key
 from ..world import teacher as teachers
 from ..worlds import world_of
 from .common import prepare, write_csv
@@ -34,7 +35,7 @@ def trial(run: Run, p: Params, settings: dict, prompts: int = 128, noises: int =
     """Train student `run` and throw it away, keeping a row in reports/tuning.csv: `settings` (what differs from
     params.yaml), scene accuracy of student and teacher on `prompts` prompts, JVP cosine at `noises` noises."""
     which, seed, world = p.backbones[run.backbone], p.seeds.world + TRIAL, world_of(run.backbone, p)
-    work = paths.resume(f"trial-{run}")
+    work = paths.resume(f"trial-{run}-{identity_key(p.model_dump())[:8]}")  # trials may run side by side
     began = time.monotonic()
     (log, _), backbone = student(run, p, work / "student", work, prepare(p, p.distill.precision))
     seconds = time.monotonic() - began

@@ -14,7 +14,7 @@ from ..evaluation import diversity, layout, noise_query, seeds
 from ..params import Params, Run
 from ..world import judge as judges
 from ..world import teacher as teachers
-from .common import placed, prepare, write_json
+from .common import placed, prepare, rounded, write_json
 
 KINDS = ("linear", "cnn")
 FIT = ("scene", "pickscore")  # how well an image fits, beside CLIP, in the one world or the other
@@ -81,7 +81,7 @@ def references(backbone: str, p: Params) -> dict:
     classifiers = _classifiers(bench, images)
     for kind, classifier in classifiers.items():
         classifier.save(bench.folder / f"{kind}.safetensors")
-    library = _library(bench, images)
+    library = rounded(_library(bench, images))  # as students will read it
     write_json(bench.folder / "library.json", library)
     found = _images(bench, images)
     out = {**found, "seeds": _seeds(bench, images, classifiers, {}), "layout": _layout(bench, model)}
@@ -91,7 +91,7 @@ def references(backbone: str, p: Params) -> dict:
     out["untrained"] = _student(bench, untrained, bench.matrix(untrained), classifiers, library)
     if bench.world.real is not None:
         out["world"] = _images(bench, bench.world.real)
-    write_json(bench.folder / "teacher.json", out)
+    write_json(bench.folder / "teacher.json", rounded(out))
     _show(images, bench.folder / "teacher.png")
     return _told(out)
 
@@ -109,7 +109,7 @@ def use(run: Run, p: Params) -> dict:
     if run.variant == "base" and steps > 1:
         hybrid = bench.model(student, steps, 1.0, (teacher.network, which.cfg))
         out["hybrid"] = _of_images(bench, bench.matrix(hybrid), classifiers)
-    write_json(paths.use(run), out)
+    write_json(paths.use(run), rounded(out))
     _show(images, paths.use(run).with_suffix(".png"))
     return _told(out)
 
@@ -183,8 +183,8 @@ def _layout(bench, model) -> dict:
     laid = world.layouts(backbone)
     z, cond = backbone.noise(len(laid), bench.p.seeds.world + LAYOUTS), backbone.encode(laid.captions)
     tokens = [layout.phrase_tokens(backbone, *each) for each in zip(laid.captions, laid.phrases, strict=True)]
-    times = backbone.times(bench.which.student_steps)[:-1][:min(2, model.steps)]
-    evals = 2 * u.evals // len(times)  # as many for a model of one step
+    times = backbone.times(bench.which.student_steps)[:-1][:2]
+    evals = 2 * u.evals // len(times)  # as many for students of one step
 
     def measured(boxes, scale):
         latents = [

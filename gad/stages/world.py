@@ -10,7 +10,7 @@ from ..params import Params
 from ..world import autoencoder as autoencoders
 from ..world import teacher as teachers
 from ..worlds import world_of
-from .common import placed, prepare, write_json
+from .common import fingerprint, placed, prepare, write_json
 
 
 def autoencoder(kind: str, p: Params) -> dict:
@@ -49,12 +49,12 @@ def teacher(backbone: str, p: Params) -> dict:
 def _given(backbone, p, world) -> dict:
     """A teacher that is there already is used where it is; its folder here says which one it was."""
     which, device = p.backbones[backbone], prepare(p).device
-    made = placed(device, backbone, p)
+    made = placed(device, backbone, p, anew=True)
     n, seed = p.teacher_of(backbone).prompts, p.seeds.world + teachers.QUALITY
     fits = teachers.quality(world, made, made.network, n, which.teacher_steps, which.cfg, seed)
     write_json(paths.teacher(backbone) / "source.json", {
         "path": which.path, "revision": which.revision, "parameters": sum(w.numel() for w in made.network.parameters()),
-        "files": world.data.hashes() if which.world == "coco" else {},
+        "weights": fingerprint(made), "files": world.hashes(),
     })
     metrics = {k: float(np.mean(v)) for k, v in fits.items()}
     write_json(paths.teacher_metrics(backbone), metrics | {"quality": fits})

@@ -7,11 +7,12 @@ import pandas as pd
 
 from .. import paths
 from ..params import Params
-from . import geometry, pages, teachers, trajectories, uses
-from .common import HYBRID, cell, fit, label, minus, models, read
+from . import chains, geometry, pages, teachers, trajectories, uses
+from .common import HYBRID, cell, fit, label, minus, models, read, worlds
 from .geometry import SUMMARY
+from .trajectories import is_end
 
-__all__ = ["HYBRID", "SUMMARY", "cell", "fit", "label", "minus", "models", "read", "write"]
+__all__ = ["HYBRID", "SUMMARY", "cell", "fit", "is_end", "label", "minus", "models", "read", "worlds", "write"]
 
 
 def write(p: Params) -> dict[str, pd.DataFrame]:
@@ -23,9 +24,8 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
         of[row.metric] = float(f"{row.value:.4g}")
     found, table4 = pages.write(p), trajectories.write(p)
     tracked = uses.TRACKED | trajectories.TRACKED
-    ends = table4[table4["step"] == table4["step"].max()]
-    for row in pd.concat([*found.values(), ends]).query("metric in @tracked").itertuples():
+    for row in pd.concat([*found.values(), table4[is_end(table4)]]).query("metric in @tracked").itertuples():
         of = metrics["students"].setdefault(row.backbone, {}).setdefault(row.model, {})
         of[tracked[row.metric]] = float(f"{row.value:.4g}")
     paths.METRICS.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    return {"table1": table1, "table4": table4, **found}
+    return {"table1": table1, "table4": table4, chains.NAME: chains.write(p), **found}

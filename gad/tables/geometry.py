@@ -163,10 +163,13 @@ def write(p: Params) -> pd.DataFrame:
     long = table1(p)
     geometry = ["cos", "ratio", "spectral_kl", "mse", "relative", "value"]
     levels = sorted({m for m in long["map"] if m.startswith("local")}, reverse=True)
-    what = "Miniature teachers and students; exact" if worlds(p) == {"mini"} else "Exact"
+    there = worlds(p)
+    what = "Miniature teachers and students; exact" if there == {"mini"} else "Exact"
+    drawn = "the world" if there == {"mini"} else "the miniature world"
+    recur = f" (as {drawn} draws them: short ones recur)" if "mini" in there else ""
     text = [
         "# Table 1, geometry",
-        f"{what} JVPs in fp32, {p.evaluation.prompts} test prompts (as the world draws them: short ones recur), "
+        f"{what} JVPs in fp32, {p.evaluation.prompts} test prompts{recur}, "
         f"{p.evaluation.noises} noise{'s' if p.evaluation.noises > 1 else ''} each; 95 % bootstrap intervals over "
         f"prompts; {p.seeds.told}. Cosines are means, norm ratios geometric means, errors medians over noises: a few "
         "noises lie where the map is all but discontinuous, and rule means (of the value error that stands too). Spec "

@@ -11,7 +11,7 @@ from .common import cell, pivot, read, save, worlds
 
 ATTRIBUTES = {  # by which noises are chosen, as gad.evaluation.noise_query measures them
     "brightness": "mean of all pixels and channels, in [0, 1]",
-    "saturation": "mean over pixels of HSV's saturation, in [0, 1]",
+    "saturation": "mean over pixels of the largest channel less the smallest, in [0, 1] (NoiseQuery: HSV's saturation)",
     "warmth": "mean over pixels of red less blue, in [−1, 1]",
     "area": "share of pixels whose colour is nearer to an object's colour than to any background's",
     "centroid x": "mean place of those pixels from the left, as a share of the width",
@@ -114,7 +114,7 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             + on("mini", (
                 "CLIP: cosine by the world's own OpenCLIP model; what that can tell apart stands last; scene accuracy, "
                 "by the detector, stands where the paper has PickScore; FID and KID on that model's features, against "
-                "the world's own layouts of the same prompts; few images make FID large, so that only differences are "
+                "the world's own images of the same prompts; few images make FID large, so that only differences are "
                 "to be read, and KID not, which of few may be below zero. Resampled prompts repeat, which makes FID "
                 "larger still: intervals are the spread of such draws, about the value."))
             + on("coco", (
@@ -124,7 +124,8 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             *_section(found["table3"], quality, "Differences, paired", _difference, "+.3g"),
             *(_judge() if "mini" in there else ())],
         "table5": ["# Table 5, layout control without training", (
-            f"{note} {u.layouts} draws of prompts of objects and a box for each, of which the prompt says nothing. "
+            f"{note} {uses.layouts(p)} draws of prompts of objects and a box for each, of which the prompt says "
+            "nothing. "
             f"Attention guidance at the student's first two times, {u.evals} gradients at each for every model, each "
             f"moving the state by an RMS of {u.scale:g} (guided). AP against the boxes by pycocotools, its intervals "
             "the spread of resampled prompts about the value, cut at 0 and 1; free: no guidance; shuffled: guided into "
@@ -162,8 +163,11 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
         "figure5": ["# Figure 5, diversity and fidelity", (
             f"{note} {seeds}. Vendi: of a prompt's images by the judge's features, at most {u.seeds}."
             + on("mini", (
-                "Layout Vendi: of its objects' places; coverage: share of the world's own places of the first object "
-                "that the model's come near to."))
+                f"Layout Vendi: of the places of objects in the first {u.seeds // 3} of a prompt's images that have "
+                "all their colours, as many for every model, over the prompts that have so many (differences: over "
+                "those of both); coverage: share of the world's own places of the first object that those "
+                f"{u.seeds // 3} come near to. The world: its own images of the same prompts, of any background where "
+                "none is named."))
             + on("coco", "Photographs: features are DINOv2's.")),
             *_section(found["figure5"], diversity, "Diversity", _own), *PAPER["figure5"],
             *_section(found["figure5"], [

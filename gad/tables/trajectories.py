@@ -5,7 +5,7 @@ import pandas as pd
 
 from ..evaluation.geometry import bootstrap
 from ..params import Params, Run
-from .common import label, minus_base, models, pivot, prompts_of, records, save
+from .common import label, minus_base, models, pivot, prompts_of, records, save, worlds
 
 PAPER = "The paper (PixArt-α, 200 unseen prompts, norm not known), at t = 0: 0.491 without and 0.427 with GAD, −13 %."
 PARTS = ("relative", "local", "inherited")
@@ -44,6 +44,11 @@ def table4(p: Params) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def is_end(long: pd.DataFrame) -> pd.Series:
+    """Which rows are of the last step: backbones' students may take more or fewer."""
+    return long["step"] == long.groupby("backbone")["step"].transform("max")
+
+
 def _errors(results) -> dict[str, np.ndarray]:
     """(points, steps) of each error, over all seeds."""
     out = {k: np.concatenate([np.array(r["trajectory"][k]) for r in results]) for k in ("relative", "rmse", "local")}
@@ -51,15 +56,16 @@ def _errors(results) -> dict[str, np.ndarray]:
 
 
 def write(p: Params) -> pd.DataFrame:
-    long = table4(p)
+    long, there = table4(p), worlds(p)
+    recur = f" ({'miniature;' if there == {'mini'} else 'in miniature'} short ones recur)" if "mini" in there else ""
     text = [
         "# Table 4, trajectories",
         "Distance of a student's state from its teacher's after each of its steps, from the same noise, on "
-        f"{p.evaluation.trajectory_prompts} draws of unseen prompts (miniature; short ones recur), in units of the "
-        "teacher's state; 95 % bootstrap intervals over prompts. t: the time that the step leads to, 1 noise and 0 "
-        "the image, on the sampler's even grid (a flow's shift, SANA's, is not in it). A step's own error: what it "
-        "adds by itself, from the teacher's state; inherited: the rest, which comes of the steps before and may be "
-        "below zero, where errors make up for one another; of the first step it is zero. Differences are paired and "
+        f"{p.evaluation.trajectory_prompts} draws of unseen prompts{recur}, in units of the teacher's state; 95 % "
+        "bootstrap intervals over prompts. t: the time that the step leads to, 1 noise and 0 the image, on the "
+        "sampler's even grid (a flow's shift, SANA's, is not in it). A step's own error: what it adds by itself, from "
+        "the teacher's state; inherited: the rest, which comes of the steps before and may be below zero, where errors "
+        "make up for one another; of the first step it is zero. Differences are paired and "
         "add up. As RMS per element: `rmse` in table4.csv.",
     ]
     own, first = ~long["model"].str.contains(" − "), long["step"] == 1

@@ -31,7 +31,9 @@ def _table2(r: dict) -> dict:
 
 QUALITY = {"clip": "CLIP", "pickscore": "PickScore", "scene": "scene accuracy", "colour_count": "colours and count"}
 DISTANCES = {"fid": "FID", "kid": "KID"}
-DIVERSITY = {"vendi": "Vendi", "layout_vendi": "layout Vendi", "coverage": "coverage"}
+DIVERSITY = {
+    "vendi": "Vendi", "layout_vendi": "layout Vendi", "coverage": "coverage", "whole": "images with all colours",
+}
 LAYOUT = {"iou": "IoU", "centre": "centre, px", "clip": "CLIP", "pickscore": "PickScore", "scene": "scene accuracy"}
 FLOORS, EFFECT = ("free", "shuffled"), ("AP", "AP50", "centre, px")  # what guidance is held against, and in what
 
@@ -93,7 +95,8 @@ def interval(x, n: int, share: bool = False) -> tuple[float, float, float]:
         bounds = x[0] + np.percentile(x[1] - np.mean(x[1]), [2.5, 97.5])
         return float(x[0]), *map(float, bounds.clip(0, 1) if share else bounds)
     x = np.asarray(x, float)
-    return bootstrap(lambda i: np.nanmean(x[i], -1), np.arange(len(x)), n)
+    x = x[~np.isnan(x)]  # of prompts that have a value
+    return bootstrap(lambda i: x[i].mean(-1), np.arange(len(x)), n) if len(x) else (np.nan,) * 3
 
 
 def less(a, b):
@@ -136,7 +139,8 @@ def long(p: Params, names=tuple(TABLES)) -> dict[str, pd.DataFrame]:
             shown = {name: flat(r) for name, r in found.items() if part in r}
 
             def add(model, metrics, backbone=backbone, table=table):
-                rows[table] += records(metrics, backbone=backbone, model=model)
+                known = {k: x for k, x in metrics.items() if not np.isnan(x[0])}
+                rows[table] += records(known, backbone=backbone, model=model)
 
             if table == "table3":
                 for name in DISTANCES.values():
@@ -168,6 +172,13 @@ def _is_share(metric):
     return metric.endswith((", AP", ", AP50")) and "−" not in metric
 
 
+def layouts(p: Params) -> str:
+    """How many draws of prompts Table 5 is of: a world may have fewer than are asked for."""
+    teachers = [models(p, backbone)["teacher"] for backbone in p.grid.backbones]
+    found = sorted({len(t["layout"]["free"]["clip"]) for t in teachers if "layout" in t})
+    return " to ".join(map(str, found[:1] + found[1:][-1:]))
+
+
 def learnt(p: Params) -> dict[str, str]:
     """What a table calls the accuracies after fewer prompts: by their images."""
     numbers = p.uses.train // 4, p.uses.train // 2, p.uses.train
@@ -178,10 +189,13 @@ def _gap(gad, base, teacher, key, n):
     """How much nearer to the teacher's `key` (below zero) GAD has come."""
     if key not in gad:
         return {}
-    a, b, t = (np.asarray(x[key]) for x in (gad, base, teacher))
+    a, b, t = (np.asarray(x[key], float) for x in (gad, base, teacher))
+    a, b, t = (x[~np.isnan(a + b + t)] for x in (a, b, t))  # prompts that all three have a value for
+    if not len(t):
+        return {}
 
     def change(i):
-        return abs(np.nanmean(a[i], -1) - np.nanmean(t[i], -1)) - abs(np.nanmean(b[i], -1) - np.nanmean(t[i], -1))
+        return abs(a[i].mean(-1) - t[i].mean(-1)) - abs(b[i].mean(-1) - t[i].mean(-1))
 
     return {f"distance from the teacher's {key}": bootstrap(change, np.arange(len(a)), n)}
 

@@ -47,7 +47,27 @@ SYNONYMS = {
     "microwave": ("microwave oven",), "refrigerator": ("fridge",), "teddy bear": ("teddy", "stuffed bear"),
     "hair drier": ("hair dryer", "blow dryer"),
 }
-OTHERS = ("bus stop", "train station", "train track", "orange juice", "carrot cake")  # name no bus, train, …
+OTHERS = (  # name no bus, train, …
+    "bus stop", "bus station", "train station", "train track", "train yard", "train platform", "train car", "rail car",
+    "cable car", "street car", "car seat", "truck stop", "jet ski", "jet engine", "bike rack", "bike lane", "bike path",
+    "bicycle rack", "bicycle lane", "boat house", "boat dock", "bird house", "bird bath", "bird cage", "bird feeder",
+    "cat food", "dog food", "dog house", "dog bed", "corn dog", "chili dog", "rocking horse", "sheep dog", "cow boy",
+    "cow girl", "zebra crossing", "tie dye", "ball field", "ball park", "ball game", "ball cap", "at bat",
+    "oven mitt", "oven glove", "bottle cap", "bottle opener", "cup cake", "cup holder", "fork lift", "knife block",
+    "toilet bowl", "banana bread", "banana split", "banana peel", "banana tree", "apple pie", "apple juice",
+    "apple tree", "apple cider", "sandwich shop", "orange juice", "carrot cake", "pizza box", "pizza cutter",
+    "pizza oven", "pizza shop", "donut shop", "cake stand", "pan cake", "chair lift", "wheel chair", "power plant",
+    "bed room", "bed side", "bed spread", "flower bed", "truck bed", "table cloth", "table top", "table lamp",
+    "table tennis", "toilet paper", "toilet seat", "toilet brush", "tv stand", "tv show", "laptop bag", "mouse pad",
+    "mickey mouse", "keyboard player", "phone booth", "phone call", "pay phone", "toaster oven", "book shelf",
+    "book case", "book store", "book bag", "note book", "clock tower", "toothbrush holder", "record player",
+    "cd player", "dvd player", "music player", "vcr player", "snow man", "baby carriage", "baby stroller", "baby crib",
+)
+# The fruit has an article, and no noun after it: any other is a colour.
+ORANGE = (
+    r"(?:(?<=\ban )|(?<=\bone )|(?<=\bthe ))orange"
+    r"(?=\W*$|[.;!]|,? (?:and |or )?(?:an?|the|on|in|is|at|by|to|with|next|beside|near|from|that|sits|sitting)\b)"
+)
 PLURALS = {
     "man": "men", "woman": "women", "child": "children", "person": "people", "knife": "knives", "mouse": "mice",
     "sheep": "sheep", "broccoli": "broccoli", "skis": "skis", "scissors": "scissors",
@@ -165,10 +185,12 @@ def build(folder: Path | str, out: Path | str, seed: int, test: int, unseen: int
     layouts.jsonl: the first `layouts` test images whose caption names an object that has a box, as {image_id,
     caption, objects: [{name: COCO's category, phrase: its word or words in the caption, box: x0, y0, x1, y1 in
     [0, 1] from the left and top}]}, objects in the caption's order. A category is an object where the caption
-    leaves no doubt of which box it means:
+    most likely means its one box:
     - its name or a synonym stands in the caption as whole words, in the singular, once, and is nowhere part of a
       longer name ("dog" in "hot dog"); a plural, or a second mention, makes it uncertain and leaves it out;
     - the image has exactly one box of it, crowds and boxes under MIN_AREA of the image not counted.
+    Captions are not parsed: of words that mean another thing, the compounds in OTHERS and the colour orange are left
+    out, and no more.
     Raises ValueError for files that are missing or not COCO's, and where there are too few images.
     """
     captions = _annotations(Path(folder) / CAPTIONS, annotations=("id", "image_id", "caption"))
@@ -258,7 +280,7 @@ def _reader(categories: list[str]):
         for name in (category, *SYNONYMS.get(category, ())) if category else OTHERS:
             words.setdefault(_plural(name), (category, False))
             words[name] = (category, True)
-    longest_first = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    longest_first = "|".join(ORANGE if w == "orange" else re.escape(w) for w in sorted(words, key=len, reverse=True))
     pattern = re.compile(rf"(?<![\w-])(?:{longest_first})(?![\w-])", re.IGNORECASE)
 
     def read(caption: str) -> list[tuple[str, str]]:
@@ -310,9 +332,11 @@ class Coco:
             read_prompts(train, column)
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of each file that is read, by its name."""
-        files = [self.folder / PROMPTS, self.folder / LAYOUTS, *([Path(self.train)] if self.train else [])]
-        return {path.name: _digest(path)["sha256"] for path in files}
+        """SHA-256 of each file that is read, by its name, a file of training prompts by `train: ` and its name."""
+        files = {name: self.folder / name for name in (PROMPTS, LAYOUTS)}
+        if self.train:
+            files[f"train: {Path(self.train).name}"] = Path(self.train)
+        return {name: _digest(path)["sha256"] for name, path in files.items()}
 
     def prompts(self, n: int, seed: int, split: str = "train") -> list[str]:
         """`n` prompts in random order; of a smaller n the first of these.

@@ -1,7 +1,7 @@
 """Procedural captioned scenes: 1 to 3 coloured shapes on a plain background, 64 × 64 RGB.
 
 A caption names shapes and colours and leaves the layout open (the background too, half of the time), so the
-initial noise has to decide it. Every scene follows from `(seed, split)`; nothing is stored.
+initial noise has to decide it. Scenes follow from `(n, seed, split)`; nothing is stored.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -152,7 +152,8 @@ def _shapes(rng, colour, allowed):
 
 
 def _place(rng, count, radius, gap=1.5):
-    """Centres (n, 3, 2), uniform over layouts in which no two objects come nearer than `gap` pixels."""
+    """Centres (n, 3, 2), uniform over layouts in which no two circles of the objects' radii come nearer than `gap`
+    pixels. Corners of squares and triangles reach beyond theirs, and overlap in some layouts."""
     n, centre = len(count), np.zeros((len(count), 3, 2))
     todo = np.arange(n)
     present = np.arange(3)[None, :] < count[:, None]

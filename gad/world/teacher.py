@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..backbones import BACKBONES, MINIATURES, Condition
+from ..backbones import Condition, registered
 from ..diffusion import t_like
 from ..training import Role, train
 from . import scenes
@@ -104,7 +104,7 @@ def pretrain(name: str, vae, folder: Path, work: Path, p: dict, seed: int, accel
     `accelerators`: makes the accelerator of a precision ("no", "bf16", "fp16").
     """
     torch.manual_seed(seed)
-    backbone = BACKBONES[name](MINIATURES[name](vae, scenes.WORDS), name)
+    backbone = registered(name)(registered(name, miniature=True)(vae, scenes.WORDS), name)
     world = scenes.sample(p["scenes"], seed)
 
     def latents(n):
