@@ -17,6 +17,7 @@ import pandas as pd
 from . import paths
 from .params import Params, Run
 from .tables import cell, is_end, label, minus, worlds
+from .tables.common import zeroed
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def judge(p: Params, results: dict[str, pd.DataFrame]) -> pd.DataFrame:
             names = {name, *([minus(name, o) for o in others] or [f"{name} − base", f"{name} − teacher"])}
             mine = found[(found["backbone"] == where[0]) & found["model"].isin(names)]
             for row in mine.itertuples():
-                low, high = row.low - level, row.high - level
+                _, low, high = zeroed(row.value, row.low - level, row.high - level)
                 student = minus(name, others[0]) if others and row.model == name else row.model.removesuffix(" − base")
                 if claim.each:
                     student += f", {claim.each} {getattr(row, claim.each)}"

@@ -394,3 +394,9 @@ def test_claims_are_judged_by_the_grids_own_rows():
         (-0.1, "TDM + GAD, half the rate − (TDM, half the rate)", "not reproduced"),
         (-0.3, "TDM + GAD, half the rate − (TDM, half the rate)", "undecided"),
     ]
+
+
+def test_what_rounding_left_of_zero_is_zero():
+    assert tables.cell(1.67e-07, -0.0243, 0.0208) == "0 [-0.0243, 0.0208]"
+    assert tables.cell(-0.02, -0.05, -2.1e-08, "+.3g") == "-0.02 [-0.05, +0]"
+    assert tables.cell(2e-05, 1e-06, 4e-05) == "2e-05 [1e-06, 4e-05]"  # beside its own interval it is something

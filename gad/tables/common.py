@@ -52,9 +52,15 @@ def minus_base(p: Params, paradigm: str, variant: str) -> str:
     return f"{name} − base" if base == "base" else minus(name, label(Run("", paradigm, base, 0)))
 
 
+def zeroed(value: float, low: float, high: float) -> tuple[float, ...]:
+    """What is next to nothing beside its interval's width, as zero: results are kept to so many digits."""
+    least = max(1e-12, 1e-5 * (high - low))
+    return tuple(0.0 if abs(x) < least else x for x in (value, low, high))
+
+
 def cell(value: float, low: float, high: float, spec: str = ".3g") -> str:
     """A number with its interval, as tables show it; what rounding left of zero is zero."""
-    value, low, high = (0.0 if abs(x) < 1e-12 else x for x in (value, low, high))
+    value, low, high = zeroed(value, low, high)
     return f"{value:{spec}} [{low:{spec}}, {high:{spec}}]"
 
 
