@@ -16,8 +16,7 @@ import pandas as pd
 
 from . import paths
 from .params import Params, Run
-from .tables import cell, is_end, label, minus, worlds
-from .tables.common import zeroed
+from .tables import cell, is_end, label, minus, worlds, zeroed
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ class Distillation:
     ValueError where GAD would learn from a teacher's paths at other times than the student's."""
 
     def __init__(self, paradigm, cond: Condition, teacher: Tangents, gad, batch: int, seed: int, samples=None):
-        if gad and gad.lam and gad.form not in NEED_A_FAKE and (kept := teacher.states.shape[1] - 1) != paradigm.steps:
+        if gad and gad.lam and gad.form not in NEED_A_FAKE and teacher.steps != paradigm.steps:
             name = paradigm.backbone.name
             raise ValueError(
                 f"backbones.{name}.student_steps={paradigm.steps}: data/endpoints/{name} holds the teacher's paths at "
-                f"the times of {kept} steps: run its diagnose stage again"
+                f"the times of {teacher.steps} steps: run its diagnose stage again"
             )
         self.paradigm, self.cond, self.teacher, self.gad = paradigm, cond, teacher, gad
         self.batch, self.seed, self.roles, self.samples = batch, seed, paradigm.roles, samples

@@ -76,7 +76,12 @@ class _Kept:
 def _fingerprint(module) -> str:
     """A hash of a module's config and every weight; seconds for T5-XXL."""
     found = hashlib.sha256(module.config.to_json_string().encode())
+    add_weights(found, module)
+    return found.hexdigest()
+
+
+def add_weights(found, module):
+    """Every weight of a module to a hash in the making."""
     for name, w in module.state_dict().items():
         found.update(f"{name} {w.dtype} {tuple(w.shape)}".encode())
         found.update(w.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()

@@ -36,6 +36,7 @@ class Tangents:
     v = property(lambda self: self.responses[:, 0])
     x0 = property(lambda self: self.states[:, -1])
     jv = property(lambda self: self.responses[:, -1])
+    steps = property(lambda self: self.states.shape[1] - 1)  # between the times at which it has states
 
     def __len__(self):
         return len(self.states)
@@ -109,6 +110,8 @@ class Paths:
 
     states: Tensor
     cond: Condition
+
+    steps = property(lambda self: self.states.shape[1] - 1)
 
     def __len__(self):
         return len(self.states)

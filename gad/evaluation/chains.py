@@ -22,7 +22,7 @@ def chain(backbone: Backbone, student, teacher: Tangents, batch: int) -> dict[st
     """
     out: dict[str, list[list[float]]] = {"step": [], "path": [], "own": []}
     x, path, own = teacher.z, teacher.v, teacher.v
-    for k, (t, s) in enumerate(pairwise(backbone.times(teacher.states.shape[1] - 1).to(teacher.z.device))):
+    for k, (t, s) in enumerate(pairwise(backbone.times(teacher.steps).to(teacher.z.device))):
         def moved(x, v, t=t, s=s):
             def of(cond):
                 return lambda y: backbone.step(student, y, t.expand(len(y)), s.expand(len(y)), cond)

@@ -80,11 +80,16 @@ def row(y: Tensor, jv: Tensor, x0: Tensor, teacher_jv: Tensor) -> dict[str, list
     squared error of the values, and both spectra. Five digits are kept of each."""
     out = compare(jv, teacher_jv) | {"value": compare(y, x0)["relative"]}
     out |= {"spectrum": spectrum(jv), "teacher_spectrum": spectrum(teacher_jv)}
-    return {k: [_rounded(x) for x in v.tolist()] for k, v in out.items()}
+    return {k: rounded(v.tolist(), 5) for k, v in out.items()}
 
 
-def _rounded(x):
-    return [_rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.5g}")
+def rounded(data, digits: int = 6):
+    """Lists and dicts of numbers with their floats to as many significant digits."""
+    if isinstance(data, dict):
+        return {k: rounded(v, digits) for k, v in data.items()}
+    if isinstance(data, list):
+        return [rounded(v, digits) for v in data]
+    return float(f"{data:.{digits}g}") if isinstance(data, float) else data
 
 
 def local_rows(backbone: Backbone, network, test, cfg: float, batch: int) -> dict[str, dict[str, list]]:

@@ -10,21 +10,21 @@ from tqdm.auto import tqdm
 
 from ..backbones import Backbone
 from ..tangents import Paths
+from .geometry import rounded
 
 
 @torch.no_grad()
 def errors(backbone: Backbone, student, teacher: Paths, batch: int = 64) -> dict[str, list[list[float]]]:
     """For each of the teacher's N paths, at the student's K + 1 times, the errors after each of the student's K steps
     from the same noise: lists (N, K) of `relative`, `rmse` and `local` (relative too)."""
-    steps = teacher.states.shape[1] - 1
-    times = backbone.times(steps).to(teacher.states.device)
+    times = backbone.times(teacher.steps).to(teacher.states.device)
     found: dict[str, list] = {"relative": [], "rmse": [], "local": []}
     for i in tqdm(range(0, len(teacher), batch), "trajectories", disable=None):
         its, c = teacher.states[i:i + batch], teacher.cond[i:i + batch].to(teacher.states.device)
-        own = backbone.sample(student, its[:, 0], c, steps, return_trajectory=True).transpose(0, 1)
+        own = backbone.sample(student, its[:, 0], c, teacher.steps, return_trajectory=True).transpose(0, 1)
         alone = torch.stack([
             backbone.step(student, its[:, k], times[k].expand(len(its)), times[k + 1].expand(len(its)), c)
-            for k in range(steps)
+            for k in range(teacher.steps)
         ], 1)
         after = its[:, 1:]
         size = after.flatten(2).norm(dim=2)
@@ -32,4 +32,4 @@ def errors(backbone: Backbone, student, teacher: Paths, batch: int = 64) -> dict
         found["relative"] += (away / size).tolist()
         found["rmse"] += (away / its[0, 0].numel() ** 0.5).tolist()
         found["local"] += ((alone - after).flatten(2).norm(dim=2) / size).tolist()
-    return {k: [[float(f"{x:.5g}") for x in row] for row in rows] for k, rows in found.items()}
+    return rounded(found, 5)

@@ -8,7 +8,7 @@ from ..backbones import load_network
 from ..evaluation import chains, geometry
 from ..params import Params, Run
 from ..tangents import Tangents
-from .common import placed, prepare, rounded, write_json
+from .common import placed, prepare, write_json
 
 
 def nearby(backbone: str, p: Params) -> dict:
@@ -27,7 +27,7 @@ def nearby(backbone: str, p: Params) -> dict:
     Tangents(*found, test.cond).save(folder / "paths.safetensors", *Tangents.source(measured), dtype=torch.float16)
     made = which.teacher_steps, which.cfg, batch, p.seeds.world + 26
     out = {str(size): chains.nearby(teacher, test, size, *made) for size in p.nearby.sizes}
-    write_json(folder / "teacher.json", rounded(out))
+    write_json(folder / "teacher.json", geometry.rounded(out))
     return {size: {"cos": float(np.mean(r["cos"])), "value": float(np.median(r["value"]))} for size, r in out.items()}
 
 
@@ -37,9 +37,9 @@ def chain(run: Run, p: Params) -> dict:
     teacher = placed(device, run.backbone, p)
     student = load_network(paths.student(run)).to(device)
     its = Tangents.load(paths.nearby(run.backbone) / "paths.safetensors", teacher)
-    if (kept := its.states.shape[1] - 1) != (steps := p.student_steps(run)):
+    if its.steps != (steps := p.student_steps(run)):
         name = f"data/nearby/{run.backbone}"
-        raise ValueError(f"{run} takes {steps} steps: {name} holds the teacher's paths at the times of {kept}")
+        raise ValueError(f"{run} takes {steps} steps: {name} holds the teacher's paths at the times of {its.steps}")
     out = chains.chain(teacher, student, its, p.evaluation.batch)
-    write_json(paths.chain(run), rounded({"run": str(run), **out}))
+    write_json(paths.chain(run), geometry.rounded({"run": str(run), **out}))
     return {name: [float(np.mean(x)) for x in steps] for name, steps in out.items()}

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from .. import geometry, paths
 from ..backbones import Backbone, load
-from ..embeddings import keep
+from ..embeddings import add_weights, keep
 from ..params import Params
 
 
@@ -67,9 +67,8 @@ def fingerprint(backbone: Backbone) -> str:
         settings = config if isinstance(config, dict) else config.to_dict()
         own = {k: v for k, v in settings.items() if not k.startswith("_") and k != "transformers_version"}
         found.update(f"{part} {sorted(own.items(), key=lambda kv: kv[0])}".encode())
-        for name, w in module.state_dict().items() if isinstance(module, torch.nn.Module) else ():
-            found.update(f"{part} {name} {w.dtype} {tuple(w.shape)}".encode())
-            found.update(w.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if isinstance(module, torch.nn.Module):
+            add_weights(found, module)
     return found.hexdigest()
 
 
@@ -78,15 +77,6 @@ def write_json(path: Path, data) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, separators=(",", ":")) + "\n")
     return path
-
-
-def rounded(data, digits: int = 6):
-    """Lists and dicts of numbers with their floats to as many significant digits."""
-    if isinstance(data, dict):
-        return {k: rounded(v, digits) for k, v in data.items()}
-    if isinstance(data, list):
-        return [rounded(v, digits) for v in data]
-    return float(f"{data:.{digits}g}") if isinstance(data, float) else data
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> Path:

@@ -11,10 +11,11 @@ from .. import paths, tables
 from ..backbones import Backbone, load_network
 from ..benches import BENCHES, LAYOUTS, small
 from ..evaluation import diversity, layout, noise_query, seeds
+from ..evaluation.geometry import rounded
 from ..params import Params, Run
 from ..world import judge as judges
 from ..world import teacher as teachers
-from .common import placed, prepare, rounded, write_json
+from .common import placed, prepare, write_json
 
 KINDS = ("linear", "cnn")
 FIT = ("scene", "pickscore")  # how well an image fits, beside CLIP, in the one world or the other

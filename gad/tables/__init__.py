@@ -8,11 +8,12 @@ import pandas as pd
 from .. import paths
 from ..params import Params
 from . import chains, geometry, pages, teachers, trajectories, uses
-from .common import HYBRID, cell, fit, label, minus, models, read, worlds
+from .common import HYBRID, cell, fit, label, minus, models, read, worlds, zeroed
 from .geometry import SUMMARY
 from .trajectories import is_end
 
-__all__ = ["HYBRID", "SUMMARY", "cell", "fit", "is_end", "label", "minus", "models", "read", "worlds", "write"]
+__all__ = ["HYBRID", "SUMMARY", "cell", "fit", "is_end", "label", "minus", "models", "read", "worlds", "write",
+           "zeroed"]
 
 
 def write(p: Params) -> dict[str, pd.DataFrame]:

@@ -125,11 +125,11 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             *(_judge() if "mini" in there else ())],
         "table5": ["# Table 5, layout control without training", (
             f"{note} {uses.layouts(p)} draws of prompts of objects and a box for each, of which the prompt says "
-            "nothing. "
-            f"Attention guidance at the student's first two times, {u.evals} gradients at each for every model, each "
-            f"moving the state by an RMS of {u.scale:g} (guided). AP against the boxes by pycocotools, its intervals "
-            "the spread of resampled prompts about the value, cut at 0 and 1; free: no guidance; shuffled: guided into "
-            "another prompt's boxes, and held against the prompt's own; numbers: guided by moves of that RMS."
+            f"nothing. Attention guidance at the student's first two times, {u.evals} gradients at each for every "
+            f"model, each moving the state by an RMS of {u.scale:g} (guided). AP against the boxes by pycocotools, its "
+            "intervals the spread of resampled prompts about the value, cut at 0 and 1; free: no guidance; shuffled: "
+            "guided into another prompt's boxes, and held against the prompt's own; numbers: guided by moves of that "
+            "RMS."
             + on("mini", "Two objects a prompt; detections by the analytic detector.")
             + on("coco", (
                 "Photographs: captions of COCO that name things with one box each, and a detector that looks for these "
