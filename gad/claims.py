@@ -27,17 +27,21 @@ class Claim:
     rows: Callable[[pd.DataFrame], pd.Series]  # which of the table's are this difference
     sign: int  # +1: more is claimed, −1: less, 0: neither
     margin: str = ""  # of "not lower" rather than "higher", or of "nothing": its key in `report`
-    level: str = ""  # what a value is compared with in zero's place: its key in `report`
+    level: str | float = ""  # what a value is compared with in zero's place: a number, or its key in `report`
     against: tuple[str, ...] = ("base",)  # the variants that GAD is compared with; none: a student without GAD
     each: str = ""  # a student has a row for each value of this column
     own: tuple[str, str] | None = None  # the backbone and paradigm of the paper's number
-    variant: str = "gad"  # what is compared
+    variant: str = ""  # what is compared: with GAD, unless told otherwise; without, where it is with nothing
     only: bool = False  # it is claimed of that one alone
     all: bool = False  # as a whole it needs every row: a control that does as well does without tangents
 
     def rule(self, p: Params) -> tuple[float, float]:
         """`margin` and `level` as numbers."""
-        return tuple(getattr(p.report, key) if key else 0.0 for key in (self.margin, self.level))
+        return tuple(getattr(p.report, x) if x and isinstance(x, str) else x or 0.0 for x in (self.margin, self.level))
+
+    @property
+    def of(self) -> str:
+        return self.variant or ("gad" if self.against else "base")
 
     def edges(self, p: Params) -> list[float]:
         """Where the claimed side begins; of "nothing", either end of what still counts as that."""
@@ -53,6 +57,15 @@ def _tangents(name):
     return lambda t: (t["map"] == "difference") & (t["metric"] == name)
 
 
+def _than_teacher(name):
+    return lambda t: t["model"].str.endswith("− teacher") & (t["metric"] == name)
+
+
+def _seeds(side, ending):
+    names = [f"{side}, {kind}, top-1" for kind in ("linear", "CNN")]
+    return lambda t: t["model"].str.endswith(ending) & t["metric"].isin(names)
+
+
 def _endpoint(name):
     return lambda t: (t["map"] == "endpoint") & (t["metric"] == name)
 
@@ -61,14 +74,26 @@ def _end(t):
     return (t["metric"] == "change") & is_end(t)
 
 
+def _again(name):
+    return lambda t: _metric(name)(t) & (t["seed"] == "all")
+
+
 PIXART, SD2, SANA = ("pixart", "tdm"), ("sd2", "ladd"), ("sana", "sid")
 CLAIMS = (
+    Claim("Sensitivity is lost without GAD: a student responds less than its teacher (norm ratio below 1)",
+          "collapses; ratio 0.98 (TDM, PixArt-α)", "table1", _endpoint("ratio"), -1, level=1.0, against=(), own=PIXART),
     Claim("Values match without GAD (relative squared error, median over noises)",
           "pointwise error is low with and without GAD (Figure 2)", "table1", _endpoint("value"), -1, level="match",
           against=(), own=PIXART),
+    Claim("Values match with GAD (relative squared error, median over noises)",
+          "pointwise error is low with and without GAD (Figure 2)", "table1", _endpoint("value"), -1, level="match",
+          against=(), own=PIXART, variant="gad"),
     Claim("Tangents do not match without GAD (relative squared error, median over noises)",
           "only GAD aligns the responses (Figure 2)", "table1", _endpoint("relative"), 1, level="match", against=(),
           own=PIXART),
+    Claim("Tangents match with GAD (relative squared error, median over noises)",
+          "only GAD aligns the responses (Figure 2)", "table1", _endpoint("relative"), -1, level="match", against=(),
+          own=PIXART, variant="gad"),
     Claim("Tangents: the JVP cosine with the teacher is higher with GAD", "0.012 → 0.014 (TDM, PixArt-α)", "table1",
           _tangents("cos"), 1, own=PIXART),
     Claim("Tangents: their relative error is lower with GAD (median over noises)",
@@ -78,18 +103,17 @@ CLAIMS = (
           "ratio 0.98 → 0.99 (TDM, PixArt-α)", "table1", _tangents("off"), -1, own=PIXART),
     Claim("Tangents: their spectrum is nearer to the teacher's with GAD (KL)", "0.008 → 0.006 (TDM, PixArt-α)",
           "table1", _tangents("spectral_kl"), -1, own=PIXART),
-    Claim("Seeds: without GAD its own classifier names fewer of a student's than of its teacher's (linear, top-1)",
+    Claim("Seeds: without GAD its own classifier names fewer of a student's than of its teacher's (top-1)",
           "0.937 → 0.876 (LADD, SD2), 0.873 (TCD), 0.778 (SD-Turbo), 0.529 (SwiftBrush)", "table2",
-          lambda t: t["model"].str.endswith("− teacher") & (t["metric"] == "self, linear, top-1"), -1, against=(),
-          own=SD2),
-    Claim("Seeds: the teacher's classifier names more of the student's with GAD (linear, top-1)",
-          "0.837 → 0.874 (LADD, SD2)", "table2", _metric("teacher, linear, top-1"), 1, own=SD2),
-    Claim("Seeds: its own classifier names more of the student's with GAD (linear, top-1)",
-          "0.876 → 0.924 (LADD, SD2)", "table2", _metric("self, linear, top-1"), 1, own=SD2),
+          _seeds("self", "− teacher"), -1, against=(), each="metric", own=SD2),
+    Claim("Seeds: the teacher's classifier names more of the student's with GAD (top-1)",
+          "0.837 → 0.874 (LADD, SD2)", "table2", _seeds("teacher", "− base"), 1, each="metric", own=SD2),
+    Claim("Seeds: its own classifier names more of the student's with GAD (top-1)",
+          "0.876 → 0.924 (LADD, SD2)", "table2", _seeds("self", "− base"), 1, each="metric", own=SD2),
     Claim("Quality is not lost (scene accuracy, where the paper has PickScore)", "PickScore not lower", "table3",
           _metric("scene accuracy"), 1, "loss"),
-    Claim("Quality is not lost (scene accuracy of Table 1: other prompts, a fifth of the images)",
-          "PickScore not lower", "table1", _tangents("scene"), 1, "loss"),
+    Claim("Quality is not lost (scene accuracy of Table 1: other prompts, a fifth of the images)", "", "table1",
+          _tangents("scene"), 1, "loss"),
     Claim("Quality is not lost (PickScore)", "PickScore not lower", "table3", _metric("PickScore"), 1, "pickscore"),
     Claim("Quality is not lost (CLIP)", "CLIP not lower", "table3", _metric("CLIP"), 1, "clip"),
     Claim("Quality: CLIP is higher with GAD for SiD on SANA", "0.3275 → 0.3440", "table3", _metric("CLIP"), 1, own=SANA,
@@ -99,6 +123,9 @@ CLAIMS = (
     Claim("Trajectories: so is the error on the way, after each step before the last",
           "lower in all four intervals (TDM, PixArt-α)", "table4",
           lambda t: (t["metric"] == "change") & ~is_end(t), -1, each="step", own=PIXART),
+    Claim("Layout control: without GAD it is worse than the teacher's (AP)",
+          "0.066 → 0.050 (LADD, SD2), 0.030 (SD-Turbo)", "table5", _than_teacher("guided, AP"), -1, against=(),
+          own=SD2),
     Claim("Layout control: AP is higher with GAD", "0.050 → 0.058 (LADD, SD2)", "table5", _metric("guided, AP"), 1,
           own=SD2),
     Claim("Layout control: AP50 is higher with GAD", "0.174 → 0.206 (LADD, SD2)", "table5", _metric("guided, AP50"), 1,
@@ -108,6 +135,8 @@ CLAIMS = (
           "shift", against=()),
     Claim("Noise retrieval: attributes of noises chosen by the teacher shift further with GAD",
           "of use with GAD, of none without", "table6", _metric("mean shift"), 1),
+    Claim("Diversity is lost without GAD: the Vendi score is below the teacher's", "of no numbers: Figure 5",
+          "figure5", _than_teacher("Vendi"), -1, against=()),
     Claim("Diversity: the Vendi score is nearer to the teacher's with GAD",
           "nearer to the teacher's corner on all backbones", "figure5", _metric("distance from the teacher's Vendi"),
           -1),
@@ -116,6 +145,12 @@ CLAIMS = (
     Claim("Tangents are what helps: the cosine is higher with GAD than with a control in its place", "", "table1",
           _tangents("cos"), 1, all=True,
           against=("unrelated", "augmentation", "rkd", "similarity", "longer", "slower")),
+    Claim("Tangents: the cosine is higher with GAD, of several trainings (in its interval too)", "", "replicas",
+          _again("cos"), 1),
+    Claim("Quality is not lost, of several trainings (how well Table 1's images fit their prompts)", "", "replicas",
+          _again("fit"), 1, "loss"),
+    Claim("Trajectories: the error at their end is lower with GAD, of several trainings (relative change)", "",
+          "replicas", _again("end"), -1),
     Claim("Tangents: the cosine is higher with GAD at half the learning rate too, than at half without", "", "table1",
           _tangents("cos"), 1, variant="slower_gad", against=("slower",)),
     Claim("Trajectories: the error at their end is lower with GAD at half the learning rate too, than at half without "
@@ -124,6 +159,8 @@ CLAIMS = (
           _metric("distance from the teacher's mean shift"), -1),
     Claim("Diversity of layouts: their Vendi score is nearer to the teacher's with GAD", "", "figure5",
           _metric("distance from the teacher's layout Vendi"), -1),
+    Claim("Diversity of layouts is lost without GAD: their Vendi score is below the teacher's", "", "figure5",
+          _than_teacher("layout Vendi"), -1, against=()),
 )
 
 
@@ -151,7 +188,7 @@ def judge(p: Params, results: dict[str, pd.DataFrame]) -> pd.DataFrame:
     the long tables by name."""
     rows, runs = [], p.runs()
     for claim in CLAIMS:
-        found, of = results[claim.table], claim.variant if claim.against else "base"
+        found, of = results[claim.table], claim.of
         found = found[claim.rows(found)]
         margin, level = claim.rule(p)
         for where in dict.fromkeys((r.backbone, r.paradigm) for r in runs if r.variant == of):
@@ -165,7 +202,8 @@ def judge(p: Params, results: dict[str, pd.DataFrame]) -> pd.DataFrame:
                 _, low, high = zeroed(row.value, row.low - level, row.high - level)
                 student = minus(name, others[0]) if others and row.model == name else row.model.removesuffix(" − base")
                 if claim.each:
-                    student += f", {claim.each} {getattr(row, claim.each)}"
+                    of_it = getattr(row, claim.each)
+                    student += f", {of_it if isinstance(of_it, str) else f'{claim.each} {of_it}'}"
                 rows.append({"claim": claim.text, "paper": claim.paper, "table": claim.table, "backbone": where[0],
                              "student": student, "own": where == claim.own, "difference": row.value, "low": row.low,
                              "high": row.high, "verdict": verdict(low, high, claim.sign, margin),
@@ -188,12 +226,14 @@ def write(p: Params, results: dict[str, pd.DataFrame]):
         f"tangents match where their relative squared error, the median over noises, is below {r.match:g} "
         f"(`report.match`). A claim as a whole is reproduced where more than {r.most:g} of its students "
         "(`report.most`) reproduce it and none contradicts it, and the other way round; *mixed*: some do, others "
-        "contradict it; that of controls needs every one."
+        "contradict it; that of controls needs every one. *Lower at all*: where nothing is claimed to be lost, rows "
+        "whose whole interval is below zero, be it within what counts as none."
         + (" A miniature can support a claim about the method; it cannot refute one about the paper's models."
            if "mini" in there else ""),
-        f"Of {p.seeds.told}: no interval here has the variance of training in it. Nor are they corrected for their "
-        "number: of twenty true zeros one looks like a difference. The rules were written as results came in, not "
-        "registered before them.",
+        f"Of {p.seeds.told}: no interval here has the variance of training in it, but where a claim is of several "
+        "trainings. Nor are they corrected for their number: of twenty true zeros one looks like a difference. The "
+        "rules were written as results came in, not registered before them; those on several trainings stood before "
+        "all but the first.",
     ]
     if len(found):
         text += ["## All of them", _overview(found, r.most).to_markdown(index=False)]
@@ -218,11 +258,13 @@ def _overview(found: pd.DataFrame, most: float) -> pd.DataFrame:
     for claim, rows in found.groupby("claim", sort=False):
         verdicts = rows["verdict"].tolist()
         counts = " / ".join(str(verdicts.count(v)) for v in ("reproduced", "undecided", "not reproduced"))
+        nothing_lost = {c.text for c in CLAIMS if c.margin and c.sign}
+        lower = str((rows["high"] < 0).sum()) if claim in nothing_lost else "–"
         own = rows.loc[rows["own"], "verdict"].tolist()
         paper = rows["paper"].iloc[0]
         lines.append({
             "claim": claim, "the paper": paper or "no claim of it", "in the paper's own case":
-            whole(own, most) if own else "–", "students: reproduced / undecided / not": counts,
+            whole(own, most) if own else "–", "rows: reproduced / undecided / not": counts, "lower at all": lower,
             "as a whole": whole(verdicts, most, claim in every),
         })
     return pd.DataFrame(lines)

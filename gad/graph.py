@@ -24,7 +24,7 @@ READERS = ("evaluate", "chain", "use")  # of students; figures also want a stude
 SCRATCH = ("__pycache__", ".ipynb_checkpoints")
 ALONE = {  # no blocks beside the grid
     "baselines": {"paradigms": []}, "controls": {"variants": []}, "maps": {"variants": []},
-    "rates": {"variants": []}, "baseline_maps": {"variants": []},
+    "rates": {"variants": []}, "baseline_maps": {"variants": []}, "replicas": {"seeds": []},
 }
 FRESH = {
     None: (),
@@ -126,7 +126,7 @@ def _forced(fresh, parents, p) -> set[str]:
     forced = {s for s in parents if _group(s) in FRESH[fresh]}
     if fresh:  # training must not go on from what an earlier run left
         for found in PENDING.parent.glob("*"):
-            if fresh == "all" or any(str(run) in found.name for run in p.runs()):
+            if fresh == "all" or any(str(run) in found.name for run in p.runs() + p.replicas):
                 shutil.rmtree(found, ignore_errors=True)
     _owe(forced, fresh)
     return forced

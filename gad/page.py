@@ -18,10 +18,12 @@ from PIL import Image
 from . import paths
 from .claims import CLAIMS
 from .params import ROOT, Params
-from .tables import worlds
+from .tables import fits, worlds
 
 FIRST = "before_after"
-ORDER = ("summary", "teachers", "table1", "chains", *(f"table{i}" for i in range(2, 7)))  # others follow by name
+ORDER = (  # others follow by name
+    "summary", "teachers", "table1", "replicas", "chains", *(f"table{i}" for i in range(2, 7))
+)
 MEASURED = {  # the stages, * for their further blocks, that measure a result; keys of params.yaml that say on how much
     "teachers": ("teacher", "teacher.prompts"),
     "summary": ("evaluate", "evaluation.prompts evaluation.noises evaluation.quality_prompts"),
@@ -33,6 +35,8 @@ MEASURED = {  # the stages, * for their further blocks, that measure a result; k
     "table6": ("references use*", "uses.library uses.picks uses.query uses.seeds uses.prompts"),
     "figure2": ("diagnose distill evaluate", "evaluation.prompts endpoints.probes"),
     "figure5": ("references use*", "uses.seeds uses.prompts"),
+    "replicas": ("diagnose evaluate*", "evaluation.prompts evaluation.noises evaluation.quality_prompts "
+                 "evaluation.trajectory_prompts"),
     "chains": ("nearby chain", "evaluation.prompts evaluation.noises nearby.sizes"),
     "nearby": ("nearby chain evaluate", "evaluation.prompts evaluation.noises nearby.sizes"),
     "layout": ("references use", "uses.layouts uses.evals uses.scale uses.sweep uses.draws"),
@@ -64,6 +68,9 @@ FIGURES = {  # alternative text, caption; what stands in braces depends on the w
                "have their intervals."),
     "students": ("Points with intervals, a row a student: JVP cosine on the left, {fit} on the right.",
                  "Every student, those with something else in GAD's place too, between floors and teacher."),
+    "replicas": ("Points by row, a row a student: differences of {fit}, JVP cosine and trajectory error, by seed.",
+                 "What GAD changes, trained again from other seeds: each seed (dots), and all together with intervals "
+                 "of prompts and of training."),
     "seeds": ("Columns of {pictures}, six seeds down, by teacher and students, of one prompt a backbone.",
               "The same six seeds down the rows: teacher, students without and with GAD, under the prompt above them."),
     "samples": ("Rows of {pictures} in pairs, teacher above student, for every backbone without and with GAD.",
@@ -79,7 +86,6 @@ MINI = {  # what captions say besides, where the miniature world is drawn
                "a prompt leaves open, of as many images with all colours for every model, over the prompts that have "
                "so many.",
 }
-FITS = {"mini": "scene accuracy", "coco": "PickScore"}
 ONE_SEED = (FIRST, "figure2", "nearby", "students", "samples", "seeds")  # they show students of the first seed alone
 ITEM = re.compile(r"\$\{item\.(\w+)\}")  # in a stage's keys
 MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table")
@@ -188,7 +194,7 @@ def captions(p: Params) -> dict[str, tuple[str, str]]:
     """FIGURES that are of these worlds and seeds, and what they say of them."""
     there, (seed, *more), found = worlds(p), p.seeds.distill, {}
     words = {
-        "fit": " or ".join(FITS[world] for world in sorted(there, reverse=True)),
+        "fit": fits(p),
         "pictures": "small scenes" if there == {"mini"} else "images",
         "vendi": "two Vendi scores, of features and of places," if "mini" in there else "the Vendi score of features",
     }

@@ -134,6 +134,15 @@ class Grid(Block):
     variants: Annotated[list[Literal["base", "gad"]], Field(min_length=1)]
 
 
+class Replicas(Block):
+    """Students of other blocks trained again, from seeds of their own."""
+
+    seeds: list[int]
+
+    def runs(self, seeds: list[int]) -> list["Run"]:
+        return super().runs(self.seeds)
+
+
 class Further(_Section):
     """Blocks beside the grid, each with stages of its own in dvc.yaml."""
 
@@ -142,6 +151,7 @@ class Further(_Section):
     maps: Block
     rates: Block
     baseline_maps: Block
+    replicas: Replicas
 
     @property
     def controlled(self) -> list["Block"]:
@@ -414,7 +424,7 @@ class Params(_Section):
             raise ValueError("hardware.shard=True: 8-bit moments cannot be shared out: set distill.optimiser to adamw")
         self._check_terms()
         self._check_paradigms()
-        runs = self.runs()
+        runs = self.runs() + self.replicas
         if twice := [run for i, run in enumerate(runs) if run in runs[:i]]:
             raise ValueError(f"further: {twice[0]} is a student twice: take it out of one of its blocks")
         for name, which in self.backbones.items():
@@ -461,9 +471,16 @@ class Params(_Section):
         return Teacher.model_validate(self.teacher.model_dump() | self.backbones[backbone].pretrain)
 
     def runs(self) -> list["Run"]:
-        """Every student, the grid's first, in the pipeline's order. Results are collected by this list alone."""
-        trained = [run for block in self.blocks.values() for run in block.runs(self.seeds.distill)]
+        """Every student but replicas, the grid's first, in the pipeline's order. Results are collected by this list
+        alone; of replicas, for a table of their own, by `replicas`."""
+        blocks = [block for block in self.blocks.values() if block is not self.further.replicas]
+        trained = [run for block in blocks for run in block.runs(self.seeds.distill)]
         return trained + [Run(entry.backbone, entry.paradigm, "base", 0) for entry in self.published.values()]
+
+    @property
+    def replicas(self) -> list["Run"]:
+        """The students that are trained again."""
+        return self.further.replicas.runs(self.seeds.distill)
 
     @property
     def blocks(self) -> dict[str, Block]:

@@ -14,7 +14,7 @@ from .benches import BENCHES
 from .evaluation.geometry import bootstrap
 from .evaluation.precision import PUBLISHED
 from .params import Params, Run
-from .tables import chains, uses
+from .tables import chains, replicas, uses
 from .world import scenes
 
 COLOURS = {"teacher": "#444444", "base": "#0173b2", "gad": "#de8f05"}
@@ -51,9 +51,10 @@ def write(p: Params) -> list:
     use_style()
     paths.FIGURES.mkdir(parents=True, exist_ok=True)
     made = []
-    for draw in (world, figure2, nearby, figure5, layout, published, samples, seeds, before_after, students):
+    for draw in (world, figure2, nearby, figure5, layout, published, samples, seeds, before_after, students,
+                 trained_again):
         figure = draw(p)
-        name = {"published": "precision"}.get(draw.__name__, draw.__name__)
+        name = {"published": "precision", "trained_again": "replicas"}.get(draw.__name__, draw.__name__)
         made.append(paths.FIGURES / f"{name}.png")
         how = {"dpi": 120} if draw in (samples, seeds) else {}  # near the pictures' own resolution
         figure.savefig(made[-1], bbox_inches="tight", metadata={"Software": None}, pil_kwargs={"optimize": True}, **how)
@@ -417,4 +418,34 @@ def students(p: Params):
     for ax in axes[0]:
         ax.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     figure.tight_layout()
+    return figure
+
+
+def trained_again(p: Params):
+    """GAD's gains by training seed (dots), and of all seeds together with their intervals."""
+    long = replicas.replicas(p)
+    long = long[long["model"].str.contains(" − ") & (long["backbone"] != replicas.ALL)
+                | (long["model"] == replicas.MEAN)]
+    rows = list(dict.fromkeys(zip(long["backbone"], long["model"], strict=True)))
+    rows.sort(key=lambda row: [*p.grid.backbones, replicas.ALL].index(row[0]))
+    shown = {"cos": "JVP cosine", "fit": tables.fits(p), "end": "trajectory error, relative change"}
+    figure, axes = plt.subplots(1, len(shown), figsize=(3.4 * len(shown), 1.1 + 0.26 * len(rows)), sharey=True)
+    for ax, (metric, title) in zip(axes, shown.items(), strict=True):
+        part = long[long["metric"] == metric].set_index(["backbone", "model"])
+        for y, row in enumerate(rows):
+            own = part.loc[[row]]
+            for seed, value, low, high in own[["seed", "value", "low", "high"]].itertuples(index=False):
+                if seed == replicas.ALL:
+                    ax.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="D", ms=5, capsize=2, lw=1,
+                                color=COLOURS["gad"], label="all seeds")
+                else:
+                    ax.plot(value, y - 0.25, ".", ms=6, color="#949494", label="one seed")
+        ax.axvline(0, color="black", lw=0.6)
+        ax.set_xlabel(title)
+    axes[0].set_yticks(range(len(rows)), [f"{b}  {m.removesuffix(' − base')}" for b, m in rows])
+    axes[0].set_ylim(len(rows) - 0.5, -0.7)
+    if not rows:
+        axes[0].set_title("no student was trained again", fontsize=8)
+    figure.tight_layout()
+    _legend_below(figure, axes[:1], 1)
     return figure

@@ -12,7 +12,7 @@ from gad import claims, params, paths, tables
 from gad.evaluation import trajectory
 from gad.evaluation.geometry import bootstrap, compare, local_rows, row, spectral_kl, spectrum, tangents
 from gad.params import Run
-from gad.tables import chains, geometry, pages, teachers, trajectories
+from gad.tables import chains, geometry, pages, replicas, teachers, trajectories
 from gad.tangents import Paths, Tangents
 
 
@@ -301,7 +301,7 @@ STEPS = pd.DataFrame([  # the students of one backbone take two, of the other fo
 
 
 def test_each_backbones_trajectories_have_their_own_end():
-    empty = pd.DataFrame(columns=[*STEPS.columns, "map"])
+    empty = pd.DataFrame(columns=[*STEPS.columns, "map", "seed"])
     runs = [Run(b, "tdm", v, 0) for b in ("sd2", "sana") for v in ("base", "gad")]
     p = SimpleNamespace(runs=lambda: runs, report=params.load().report)
     found = claims.judge(p, {c.table: empty for c in claims.CLAIMS} | {"table4": STEPS})
@@ -315,7 +315,7 @@ def test_metrics_have_the_end_of_each_backbones_trajectories(monkeypatch, tmp_pa
     monkeypatch.setattr(paths, "METRICS", tmp_path / "metrics.json")
     rows = pd.DataFrame(columns=[*STEPS.columns, "map"])
     for module, made in (
-        (geometry, rows), (teachers, {}), (pages, {}), (trajectories, STEPS), (chains, rows)
+        (geometry, rows), (teachers, {}), (pages, {}), (trajectories, STEPS), (chains, rows), (replicas, rows)
     ):
         monkeypatch.setattr(module, "write", lambda p, made=made: made)
     tables.write(None)
@@ -361,6 +361,8 @@ def test_claims_are_judged_by_the_grids_own_rows():
         ("sana", "TDM + GAD − base", "difference", "cos", 0.1, 0.05, 0.15),
         ("sana", "TDM + RKD − base", "difference", "cos", 0.2, 0.15, 0.25),
         ("sana", "TDM + GAD", "endpoint", "cos", 0.5, 0.4, 0.6),
+        ("sana", "TDM + GAD", "endpoint", "relative", 0.3, 0.2, 0.4),
+        ("sana", "TDM", "endpoint", "ratio", 1.2, 1.1, 1.3),
         ("sana", "TDM", "endpoint", "value", 0.05, 0.02, 0.08), ("sana", "TDM", "endpoint", "relative", 1.0, 0.05, 1.5),
         ("sana", "TDM + GAD − (TDM + unrelated tangents)", "difference", "cos", 0.01, -0.02, 0.04),
         ("sana", "TDM + GAD − (TDM + RKD)", "difference", "cos", 0.1, 0.05, 0.15),
@@ -375,15 +377,25 @@ def test_claims_are_judged_by_the_grids_own_rows():
          ("sana", "TDM + GAD − base", "PickScore", -0.1, -0.15, -0.05)],
         [("sana", "TDM", "mean shift", 0.5, 0.4, 0.6), ("sana", "TDM / teacher", "mean shift", 2, 1.5, 2.5)],
     ))
+    table2 = pd.DataFrame(
+        [("sana", "TDM + GAD − base", "self, CNN, top-1", -0.01, -0.02, 0.01)], columns=table3.columns
+    )
+    again = pd.DataFrame([("sana", "TDM + GAD − base", "0", "cos", 0.1, 0.05, 0.15),
+                          ("sana", "TDM + GAD − base", "all", "cos", 0.05, -0.01, 0.1)],
+                         columns=["backbone", "model", "seed", "metric", "value", "low", "high"])
     runs = [Run("sana", "tdm", v, 0) for v in ("base", "gad", "rkd", "unrelated", "slower", "slower_gad")]
     p = SimpleNamespace(runs=lambda: runs, report=SimpleNamespace(
         loss=0.05, clip=0.02, pickscore=0.2, match=0.1, shift=0.1))
     others = {claim.table: table4 for claim in claims.CLAIMS}
-    found = claims.judge(p, others | {"table1": table1, "table3": table3, "table4": table4, "table6": table6})
+    found = claims.judge(p, others | {"table1": table1, "table2": table2, "table3": table3, "table4": table4,
+                                      "table5": table3, "table6": table6, "figure5": table3, "replicas": again})
     assert [(*row,) for row in found[["difference", "student", "verdict"]].to_numpy()] == [
+        (1.2, "TDM", "not reproduced"),  # it responds by more than its teacher
         (0.05, "TDM", "reproduced"),  # values match, below 0.1
         (1.0, "TDM", "undecided"),  # tangents do not, above it
+        (0.3, "TDM + GAD", "not reproduced"),  # nor with GAD
         (0.1, "TDM + GAD", "reproduced"),
+        (-0.01, "TDM + GAD, self, CNN, top-1", "undecided"),
         (-0.1, "TDM + GAD", "not reproduced"),  # of Table 3's scenes
         (-0.1, "TDM + GAD", "reproduced"),  # no less of its PickScore than counts
         (-0.1, "TDM + GAD", "reproduced"),  # at the trajectory's end
@@ -391,6 +403,7 @@ def test_claims_are_judged_by_the_grids_own_rows():
         (0.5, "TDM", "not reproduced"),  # that without GAD there is no shift
         (0.01, "TDM + GAD − (TDM + unrelated tangents)", "undecided"),
         (0.1, "TDM + GAD − (TDM + RKD)", "reproduced"),
+        (0.05, "TDM + GAD", "undecided"),  # of all trainings
         (-0.1, "TDM + GAD, half the rate − (TDM, half the rate)", "not reproduced"),
         (-0.3, "TDM + GAD, half the rate − (TDM, half the rate)", "undecided"),
     ]

@@ -99,7 +99,9 @@ def test_stage_ids_are_the_runs():
     names = {s.addressing for s in Repo(ROOT).index.stages}
     p = params.load()
     runs = {str(r) for r in p.runs()}
-    for stage, wanted in (("distill", runs - {*p.published}), ("evaluate", runs)):  # and distill-controls@…, …
+    again = {str(r) for r in p.replicas}
+    for stage, wanted in (("distill", (runs | again) - {*p.published}), ("evaluate", runs | again)):
+        # distill@…, distill-controls@…, …
         assert {n.partition("@")[2] for n in names if n.startswith(stage)} == wanted
         for block, what in p.further:
             own = {str(r) for r in what.runs(p.seeds.distill)}

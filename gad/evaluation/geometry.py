@@ -46,13 +46,15 @@ def compare(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
 
 
 def spectrum(x: Tensor) -> Tensor:
-    """Radially binned power (N, bins) of (N, C, H, W), channels averaged, each row summing to one."""
+    """Radially binned power (N, bins) of (N, C, H, W), channels averaged, each row summing to one; that of nothing is
+    flat."""
     power = torch.fft.fft2(x.double()).abs().square().mean(1)
     h, w = power.shape[-2:]
     fy, fx = torch.fft.fftfreq(h) * h, torch.fft.fftfreq(w) * w
     radius = torch.sqrt(fy[:, None] ** 2 + fx[None] ** 2).round().long().flatten()
     bins = torch.zeros(len(x), int(radius.max()) + 1, dtype=torch.double)
     bins.index_add_(1, radius, power.flatten(1).cpu())
+    bins += torch.finfo(bins.dtype).tiny  # 0 / 0 else
     return bins / bins.sum(1, keepdim=True)
 
 
@@ -130,13 +132,13 @@ def bootstrap(
     groups = np.argsort(index, kind="stable").reshape(-1, rows[0])
     chosen = np.random.default_rng(seed).integers(0, len(groups), (n, len(groups)))
     value, draws = statistic(np.arange(len(prompts))), statistic(groups[chosen].reshape(n, -1))
-    tail = _tail(len(groups)) if expanded else 0.025
+    tail = cut(len(groups)) if expanded else 0.025
     low, high = np.quantile(draws - np.mean(draws) + value if centred else draws, [tail, 1 - tail])
     return float(value), float(low), float(high)
 
 
-def _tail(n: int) -> float:
-    """What is cut off at either end, of n prompts."""
+def cut(n: int) -> float:
+    """The share of draws that a 95 % interval leaves out at either end, of n prompts."""
     return float(norm.sf((n / (n - 1)) ** 0.5 * t.isf(0.025, n - 1))) if n > 1 else 0.025
 
 

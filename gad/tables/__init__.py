@@ -7,12 +7,12 @@ import pandas as pd
 
 from .. import paths
 from ..params import Params
-from . import chains, geometry, pages, teachers, trajectories, uses
-from .common import HYBRID, cell, fit, label, minus, models, read, worlds, zeroed
+from . import chains, geometry, pages, replicas, teachers, trajectories, uses
+from .common import HYBRID, cell, fit, fits, label, minus, models, read, worlds, zeroed
 from .geometry import SUMMARY
 from .trajectories import is_end
 
-__all__ = ["HYBRID", "SUMMARY", "cell", "fit", "is_end", "label", "minus", "models", "read", "worlds", "write",
+__all__ = ["HYBRID", "SUMMARY", "cell", "fit", "fits", "is_end", "label", "minus", "models", "read", "worlds", "write",
            "zeroed"]
 
 
@@ -29,4 +29,5 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
         of = metrics["students"].setdefault(row.backbone, {}).setdefault(row.model, {})
         of[tracked[row.metric]] = float(f"{row.value:.4g}")
     paths.METRICS.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    return {"table1": table1, "table4": table4, chains.NAME: chains.write(p), **found}
+    beside = {chains.NAME: chains.write(p), replicas.NAME: replicas.write(p)}
+    return {"table1": table1, "table4": table4, **beside, **found}

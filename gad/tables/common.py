@@ -31,6 +31,12 @@ def fit(result: dict) -> list[float]:
     return quality["scene"] if "scene" in quality else quality["pickscore"]
 
 
+def fits(p: Params) -> str:
+    """What `fit` is called."""
+    names = {"mini": "scene accuracy", "coco": "PickScore"}
+    return " or ".join(names[world] for world in sorted(worlds(p), reverse=True))
+
+
 def worlds(p: Params) -> set[str]:
     """What the grid's backbones draw."""
     return {p.backbones[b].world for b in p.grid.backbones}

@@ -24,13 +24,14 @@ COLUMNS = {
     "pickscore": "PickScore ↑", "openclip": "CLIP ↑",
 }
 USABLE = 0.85
+LEAST = 1e-6  # a norm of which a logarithm is taken: of a student that does not respond at all
 QUALITY = ("scene", "share", "colour_count", "pickscore", "openclip")
 DIFFERENCES = ("cos", "off", "spectral_kl", "mse", "relative", "value")
 
 
 def _off(x):
     """How far norms are from the teacher's, either way."""
-    return np.abs(mean(np.log(x)))
+    return np.abs(mean(np.log(np.maximum(x, LEAST))))
 
 
 def measure(rows: list[dict], n: int, noises: int) -> dict[str, tuple[float, float, float]]:

@@ -12,7 +12,7 @@ from .common import cell, pivot, read, save, worlds
 ATTRIBUTES = {  # by which noises are chosen, as gad.evaluation.noise_query measures them
     "brightness": "mean of all pixels and channels, in [0, 1]",
     "saturation": "mean over pixels of the largest channel less the smallest, in [0, 1] (NoiseQuery: HSV's saturation)",
-    "warmth": "mean over pixels of red less blue, in [−1, 1]",
+    "warmth": "mean over pixels of red less blue, in [−1, 1]; in the place of hue, which has no mean",
     "area": "share of pixels whose colour is nearer to an object's colour than to any background's",
     "centroid x": "mean place of those pixels from the left, as a share of the width",
     "centroid y": "the same from the top, as a share of the height",
@@ -100,7 +100,8 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             f"{5 / u.seeds:.3f} (top-5). Linear: logistic regression on 16 × 16 pooled pixels; CNN: a small "
             "convolutional network. Self: it learns from the model's own images; teacher: from the teacher's, made "
             "of the same noises, and is tested on the model's. All that is ours: the paper's classifier and seeds "
-            f"are not published. Intervals rest on {u.prompts - u.train} test prompts; a top-5 "
+            f"are not published. Intervals rest on {u.prompts - u.train} test prompts, and what other noises would "
+            "change is in none; a top-5 "
             "of 1 [1, 1] says only that none of them failed."),
             *_section(found["table2"], named, "Accuracy", _own), *PAPER["table2"],
             *_section(found["table2"], named, "Differences, paired", _difference, "+.3g"),
@@ -161,7 +162,8 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
                 "CLIP, nearest less usual",
             ], "Differences, paired", _difference, "+.3g")],
         "figure5": ["# Figure 5, diversity and fidelity", (
-            f"{note} {seeds}. Vendi: of a prompt's images by the judge's features, at most {u.seeds}."
+            f"{note} {seeds}; what other noises would change is in no interval. Vendi: of a prompt's images by the "
+            f"judge's features, at most {u.seeds}."
             + on("mini", (
                 f"Layout Vendi: of the places of objects in the first {u.seeds // 3} of a prompt's images that have "
                 "all their colours, as many for every model, over the prompts that have so many (differences: over "

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from .. import paths
-from ..evaluation.geometry import bootstrap
+from ..evaluation.geometry import bootstrap, cut
 from ..params import Params, Run
 from .common import HYBRID, grouped, label, read, records
 
@@ -17,7 +17,7 @@ TRACKED = {  # in reports/metrics.json, for `dvc metrics diff`
 }
 
 
-# Each result as lists over prompts, or as (value, bootstrap draws), by the name a table shows.
+# Each result as lists over prompts, or as (value, bootstrap draws, number of prompts), by the name a table shows.
 
 
 def _table2(r: dict) -> dict:
@@ -45,14 +45,15 @@ def _named(found: dict, names: dict) -> dict:
 
 def _table3(r: dict) -> dict:
     d = r["distance"]
-    distances = {name: (d[k], d[f"{k}_draws"]) for k, name in DISTANCES.items() if k in d}
+    prompts = len(r["quality"]["clip"])
+    distances = {name: (d[k], d[f"{k}_draws"], prompts) for k, name in DISTANCES.items() if k in d}
     return _named(r["quality"], QUALITY) | distances
 
 
 def _table5(r: dict) -> dict:
     out = {}
     for how, found in r["layout"].items():
-        out |= {f"{how}, {k.upper()}": (found[k], found[f"{k}_draws"]) for k in ("ap", "ap50")}
+        out |= {f"{how}, {k.upper()}": (found[k], found[f"{k}_draws"], len(found["clip"])) for k in ("ap", "ap50")}
         out |= {f"{how}, {name}": x for name, x in _named(found, LAYOUT).items()}
     for how in FLOORS:
         out |= {f"guided − {how}, {k}": less(out[f"guided, {k}"], out[f"{how}, {k}"]) for k in EFFECT}
@@ -88,11 +89,12 @@ def merged(results: list):
 
 
 def interval(x, n: int, share: bool = False) -> tuple[float, float, float]:
-    """(value, low, high) of a list over prompts, or of (value, draws). Draws repeat prompts, which for FID and AP is
-    not what as many different ones would give: their spread is taken, about the value, and cut to what a `share`
-    can be."""
+    """(value, low, high) of a list over prompts, or of (value, draws, number of prompts). Draws repeat prompts, which
+    for FID and AP is not what as many different ones would give: their spread is taken, about the value, and cut to
+    what a `share` can be."""
     if isinstance(x, tuple):
-        bounds = x[0] + np.percentile(x[1] - np.mean(x[1]), [2.5, 97.5])
+        tail = cut(x[2])
+        bounds = x[0] + np.quantile(x[1] - np.mean(x[1]), [tail, 1 - tail])
         return float(x[0]), *map(float, bounds.clip(0, 1) if share else bounds)
     x = np.asarray(x, float)
     x = x[~np.isnan(x)]  # of prompts that have a value
@@ -102,7 +104,7 @@ def interval(x, n: int, share: bool = False) -> tuple[float, float, float]:
 def less(a, b):
     """a − b of two models on the same prompts, in either form."""
     if isinstance(a, tuple):
-        return a[0] - b[0], np.asarray(a[1]) - np.asarray(b[1])
+        return a[0] - b[0], np.asarray(a[1]) - np.asarray(b[1]), a[2]
     return np.asarray(a, float) - np.asarray(b, float)
 
 
@@ -153,9 +155,9 @@ def long(p: Params, names=tuple(TABLES)) -> dict[str, pd.DataFrame]:
                     add(f"{name} − base", {k: interval(less(x, base[k]), n) for k, x in metrics.items()})
                     for key in NEARER.get(table, ()):
                         add(f"{name} − base", _gap(metrics, base, shown["teacher"], key, n))
-                if table == "table2" and name != "teacher":
+                if table in LESS and name != "teacher":
                     add(f"{name} − teacher", {
-                        k: interval(less(x, shown["teacher"][k]), n) for k, x in metrics.items() if k.startswith("self")
+                        k: interval(less(x, shown["teacher"][k]), n) for k, x in metrics.items() if LESS[table](k)
                     })
                 if table == "table6" and name != "teacher":
                     add(f"{name} / teacher", _retained(metrics, shown["teacher"], n))
@@ -163,6 +165,10 @@ def long(p: Params, names=tuple(TABLES)) -> dict[str, pd.DataFrame]:
     return {name: pd.DataFrame(r, columns=columns).replace({"metric": learnt(p)}) for name, r in rows.items()}
 
 
+LESS = {  # what students are said to have less of than their teacher
+    "table2": lambda k: k.startswith("self"), "table5": lambda k: k in ("guided, AP", "guided, AP50"),
+    "figure5": lambda k: k in ("Vendi", "layout Vendi"),
+}
 NEARER = {  # of what the teacher's is the aim
     "table6": ("mean shift", "mean ρ"), "figure5": ("Vendi", "layout Vendi", "CLIP"),
 }
