@@ -123,7 +123,7 @@ def test_page(monkeypatch, tmp_path):
         monkeypatch.setattr(paths, name, tmp_path / name)
     only = {f"further.{b}.backbones": ["sana"] for b in params.Further.model_fields}
     p = params.load(**{"grid.backbones": ["sana"], "grid.paradigms": ["tdm"], "report.bootstrap": 50, **only,
-                       "evaluation.noises": 2, "seeds.distill": [0, 1]})
+                       "evaluation.noises": 2, "seeds.distill": [0, 1], "further.replicas.seeds": []})
     paths.nearby("sana").mkdir(parents=True)
     near = {"0.1": {"cos": [0.5, 0.7, 0.5, 0.7], "value": [0.0, 0.1, 0.1, 0.8]}}
     (paths.nearby("sana") / "teacher.json").write_text(json.dumps(near))

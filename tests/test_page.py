@@ -343,7 +343,8 @@ def test_nearby_shows_one_seeds_students_beside_their_teachers_curve(figure, mon
         made = results if name == "read" else lambda runs, b, place: {
             (r.paradigm, r.variant): [results(place(r))] for r in runs if r.backbone == b}
         monkeypatch.setattr(chains, name, made)
-    only = {"grid.paradigms": ["tdm"], "seeds.distill": [0, 1], "nearby.sizes": [0.3, 0.02]}
+    only = {"grid.paradigms": ["tdm"], "seeds.distill": [0, 1], "nearby.sizes": [0.3, 0.02],
+            "further.replicas.seeds": []}
     above, *_, below = np.reshape(figure(plots.nearby, results, **only).axes, (2, 3))[:, 0]
     curve, *students = (line.get_xydata().tolist() for line in above.lines if line.get_marker() not in ("", "None"))
     assert curve == [[0.01, pytest.approx(0.9)], [0.2, pytest.approx(0.4)]]  # by size, whatever their order

@@ -130,7 +130,7 @@ def test_unknown_key_missing_key_missing_file_and_not_yaml(tmp_path):
 
 
 def test_runs_are_the_grid():
-    p = params.load(**{"seeds.distill": [0, 1]})
+    p = params.load(**{"seeds.distill": [0, 1], "further.replicas.seeds": [2]})
     expected = len(p.grid.backbones) * len(p.grid.paradigms) * len(p.grid.variants) * 2
     grid = p.grid.runs(p.seeds.distill)
     assert len(set(map(str, grid))) == expected and p.runs()[:expected] == grid
