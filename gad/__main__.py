@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
         ("use", "the student's side of them", ("backbone", "paradigm", "variant", "seed")),
         ("trial", "train and measure a student at the --set given; a row of reports/tuning.csv",
          ("backbone", "paradigm", "variant", "seed")),
+        ("weigh", "the gradients of a paradigm's own loss and of every term beside it, by which to choose λ",
+         ("backbone", "paradigm")),
         ("benchmark", "time full-size steps (random weights) and plan the paper's grid; reports/benchmark.json", ()),
         ("cost", "time a step of every paradigm without and with GAD; reports/cost.md", ("backbone", "blocks")),
     ):
@@ -47,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         overrides = dict(_assignment(item) for item in args.set)
         p = load(**({"path": args.params} if args.params else {}), **overrides)
-        trained = {"distill": p.paradigms, "trial": p.paradigms, "publish": [e.paradigm for e in p.published.values()]}
+        trained = dict.fromkeys(("distill", "trial", "weigh"), p.paradigms)
+        trained["publish"] = [e.paradigm for e in p.published.values()]
         known = {
             "kind": p.autoencoder, "backbone": p.backbones, "variant": p.variants,
             "paradigm": trained.get(args.command, p.names),

@@ -22,7 +22,7 @@ from .tables import fits, worlds
 
 FIRST = "before_after"
 ORDER = (  # others follow by name
-    "summary", "teachers", "table1", "replicas", "chains", *(f"table{i}" for i in range(2, 7))
+    "summary", "teachers", "table1", "replicas", "chains", "gradients", *(f"table{i}" for i in range(2, 7))
 )
 MEASURED = {  # the stages, * for their further blocks, that measure a result; keys of params.yaml that say on how much
     "teachers": ("teacher", "teacher.prompts"),
@@ -35,6 +35,7 @@ MEASURED = {  # the stages, * for their further blocks, that measure a result; k
     "table6": ("references use*", "uses.library uses.picks uses.query uses.seeds uses.prompts"),
     "figure2": ("diagnose distill evaluate", "evaluation.prompts endpoints.probes"),
     "figure5": ("references use*", "uses.seeds uses.prompts"),
+    "gradients": ("distill*", "distill.clip"),
     "replicas": ("diagnose evaluate*", "evaluation.prompts evaluation.noises evaluation.quality_prompts "
                  "evaluation.trajectory_prompts"),
     "chains": ("nearby chain", "evaluation.prompts evaluation.noises nearby.sizes"),

@@ -1,9 +1,11 @@
 """params.yaml as validated objects. A mistake is one line that names the key, the value and the fix."""
 
+import ast
 import math
+import re
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -36,7 +38,7 @@ EvenDivisor = Annotated[  # floors are measured at half of them
 Precision = Annotated[  # a bare `no` is false in YAML 1.1, and a string to DVC, whose `-S` writes it so
     Literal["no", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)
 ]
-
+Power = Annotated[float, Field(ge=0, le=8), BeforeValidator(lambda v: float(v) if isinstance(v, bool) else v)]
 
 TOGETHER = {"unrelated": 2, "rkd": 3, "similarity": 2}  # forms of GAD that are of samples together: the fewest of them
 
@@ -58,8 +60,18 @@ def _wrong(key: str, value: float) -> str | None:
     return None
 
 
+def _settings(name: str) -> tuple[str, ...]:
+    """A paradigm's keys, as its file has them: importing it would import torch. () where they are no plain tuple."""
+    try:
+        nodes = ast.walk(ast.parse((ROOT / f"gad/paradigms/{name}.py").read_text("utf-8")))
+        found = (n.value for n in nodes if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "settings")
+        return tuple(map(ast.literal_eval, next(found).elts))
+    except (AttributeError, StopIteration, SyntaxError, ValueError):
+        return ()
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)  # true is no 1.0, "no" no false
 
 
 class Seeds(_Section):
@@ -172,7 +184,7 @@ class BackboneParams(_Section):
     teacher_steps: EvenDivisor
     student_steps: Divisor
     cfg: Annotated[float, Field(ge=1, allow_inf_nan=False)]
-    pretrain: dict[str, bool | int | float | str | list[dict[str, bool | int | float | str]]] = {}
+    pretrain: dict[str, Any] = {}  # checked over `teacher`
 
 
 class Published(_Section):
@@ -234,7 +246,7 @@ class Cycle(_Section):
     precision: Precision
     focus: Annotated[float, Field(ge=0, le=1)] = 0.0
     focus_at: Annotated[float, Field(ge=-8, le=4)] = -3.0
-    crowded: Annotated[float, Field(ge=0, le=8)] = 0.0
+    crowded: Power = 0.0
     text: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: int = 0
 
@@ -440,7 +452,7 @@ class Params(_Section):
             except ValidationError as error:
                 first = error.errors()[0]
                 where = ".".join(("backbones", name, "pretrain", *map(str, first["loc"])))
-                raise ValueError(f"{where}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+                raise ValueError(f"{where}={_told(first)}") from None
         return self
 
     def _check_terms(self):
@@ -457,9 +469,14 @@ class Params(_Section):
 
     def _check_paradigms(self):
         for name, settings in self.paradigms.items():
-            if "lr" not in settings:
-                raise ValueError(f"paradigms.{name}.lr is missing: add it")
+            known = _settings(name)
+            for key in ("lr", *known):
+                if key not in settings:
+                    raise ValueError(f"paradigms.{name}.{key} is missing: add it")
             for key, value in settings.items():
+                if known and key not in (*known, "steps"):
+                    there = ", ".join(known)
+                    raise ValueError(f"paradigms.{name}.{key}={value:g} is not a key of this paradigm: it has {there}")
                 if wrong := _wrong(key, value):
                     raise ValueError(f"paradigms.{name}.{key}={value:g} {wrong}")
             for variant, control in self.controls.items():
@@ -547,17 +564,29 @@ class ParamsError(ValueError):
     """A mistake in params.yaml."""
 
 
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """`1e-05`, a string in YAML 1.1, is a number: DVC's `-S` writes it so."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+
+
 def load(path: Path | str = ROOT / "params.yaml", **overrides) -> Params:
     """Read and validate. `overrides`: dotted keys, `load(**{"gad.h": 0.02})`.
 
     Raises ParamsError with one line a mistake: key, value, fix.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text())
+        data = yaml.load(Path(path).read_text("utf-8"), _Loader)
     except FileNotFoundError:
         raise ParamsError(f"{path} does not exist: run from the repository, or give --params") from None
     except OSError as error:
         raise ParamsError(f"{path} cannot be read: {error.strerror}; give a file as --params") from None
+    except UnicodeDecodeError as error:
+        raise ParamsError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise ParamsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     for key, value in overrides.items():
@@ -567,7 +596,7 @@ def load(path: Path | str = ROOT / "params.yaml", **overrides) -> Params:
             section = section.get(parent) if isinstance(section, dict) else None
         if not isinstance(section, dict) or (leaf not in section and not parents):
             raise ParamsError(f"{key}={value!r}: there is no such key in {Path(path).name}")
-        section[leaf] = value
+        section[leaf] = float(value) if isinstance(value, str) and EXPONENT.match(value) else value
     return validate(data, Path(path).name)
 
 
@@ -588,8 +617,7 @@ def validate(data: dict, where: str = "params.yaml") -> Params:
             elif e["type"] == "missing":
                 lines.append(f"{where}: {key} is missing: add it")
             else:
-                hint = " (write 1.0e-4, with the dot)" if isinstance(value, str) and _number(value) else ""
-                lines.append(f"{where}: {key}={value!r}: {e['msg'][0].lower() + e['msg'][1:]}{hint}")
+                lines.append(f"{where}: {key}={_told(e)}")
         raise ParamsError("\n".join(lines)) from None
 
 
@@ -599,6 +627,18 @@ def assignment(text: str) -> tuple[str, str]:
     if not equals:
         raise ParamsError(f"--set {text}: write KEY=VALUE")
     return key, value
+
+
+def _told(error) -> str:
+    """The value, what is wrong with it and, of a wrong type, how to write it."""
+    value, fix = error["input"], ""
+    if error["type"] == "bool_type":
+        fix = " (write true or false)"
+    elif isinstance(value, str) and _number(value):
+        fix = " (write 1.0e-4, with the dot)" if "e" in value.lower() else f" (write {value}, without quotes)"
+    elif error["type"] == "int_type" and isinstance(value, float) and value.is_integer():
+        fix = f" (write {value:.0f})"
+    return f"{value!r}: {error['msg'][0].lower()}{error['msg'][1:]}{fix}"
 
 
 def _number(text):

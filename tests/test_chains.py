@@ -105,6 +105,9 @@ def test_stages(monkeypatch, tmp_path):
     paths.diagnosis("sd2").mkdir(parents=True)
     Tangents(*found, cond).save(paths.diagnosis("sd2") / "test.safetensors", PROMPTS, (1, 2))
     assert [*stage.nearby("sd2", p)] == ["0.1", "0.3"]
+    untrained = json.loads((paths.nearby("sd2") / "untrained.json").read_text())
+    assert [*untrained] == ["step", "path", "own"]
+    assert all([len(x) for x in steps] == [len(PROMPTS)] * 2 for steps in untrained.values())
     near = json.loads((paths.nearby("sd2") / "teacher.json").read_text())
     assert {len(x) for r in near.values() for x in r.values()} == {len(PROMPTS)}
     made = Tangents.load(paths.nearby("sd2") / "paths.safetensors", teacher)
@@ -127,15 +130,25 @@ def test_page(monkeypatch, tmp_path):
     paths.nearby("sana").mkdir(parents=True)
     near = {"0.1": {"cos": [0.5, 0.7, 0.5, 0.7], "value": [0.0, 0.1, 0.1, 0.8]}}
     (paths.nearby("sana") / "teacher.json").write_text(json.dumps(near))
+    untrained = {"step": [[0.7] * 4, [0.5] * 4], "path": [[0.7] * 4, [0.4] * 4], "own": [[0.7] * 4, [0.1] * 4]}
+    (paths.nearby("sana") / "untrained.json").write_text(json.dumps(untrained))
+    paths.result(p.runs()[0]).parent.mkdir()
     paths.chain(p.runs()[0]).parent.mkdir()
     for run in p.grid.runs([0, 1]):
         own = 0.2 + 0.1 * (run.variant == "gad") + 0.1 * run.seed
         result = {"step": [[0.9] * 4, [0.8] * 4], "path": [[0.9] * 4, [0.6] * 4], "own": [[0.9] * 4, [own] * 4]}
         paths.chain(run).write_text(json.dumps(result))
+        values = [0.02, 0.02, 0.02, 5.0] * 3  # of six prompts
+        endpoint = {"cos": [0.8 + 0.1 * (run.variant == "gad")] * 12, "value": values}
+        paths.result(run).write_text(json.dumps({"endpoint": endpoint}))
     long = tables.write(p).set_index(["model", "metric"])["value"]
     assert long["teacher, ε = 0.1", "cos"] == pytest.approx(0.6)
     assert long["teacher, ε = 0.1", "value"] == pytest.approx(0.1)
     assert long["teacher, ε = 0.1", "value_mean"] == pytest.approx(0.25)
+    assert long[tables.UNTRAINED, tables.OWN] == pytest.approx(0.1)
+    same = tables.alike(p).set_index(["model", "metric"])["value"]
+    assert dict(same) == {("students", "0.01 to 0.03"): pytest.approx(0.8),
+                          ("students + GAD", "0.01 to 0.03"): pytest.approx(0.9)}  # of others there are too few
     assert long["TDM", tables.ALONE.format(2)] == pytest.approx(0.8)
     assert long["TDM", tables.PATH] == pytest.approx(0.6) and long["TDM", tables.OWN] == pytest.approx(0.25)
     assert long["TDM + GAD − base", tables.OWN] == pytest.approx(0.1)

@@ -25,7 +25,8 @@ from gad.paradigms import PARADIGMS
 from gad.params import ROOT, Run, load
 from gad.stages import distillation
 
-trials = importlib.import_module("gad.stages.trial")  # the package has the function by that name
+# the package has functions by these names
+cost, trials = (importlib.import_module(f"gad.stages.{name}") for name in ("cost", "trial"))
 SMOKE = yaml.safe_load((ROOT / "tests/smoke.yaml").read_text())
 RUN = "sana-tdm-gad-0"
 
@@ -266,6 +267,13 @@ def test_paths_of_another_number_of_steps_stop_before_training(place):
     take(place, "sana-tdm-base-0")
 
 
+def test_operations_are_those_of_products_forward_and_backward():
+    w, x = torch.randn(5, 7, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    with cost._Operations() as counted:
+        (x @ w).tanh().sum().backward()
+    assert counted.total == 3 * 2 * 3 * 5 * 7  # the product and its two gradients
+
+
 @pytest.mark.slow
 def test_cost_has_a_row_for_every_paradigm(place):
     rows = json.loads(place.done("--set", "paradigms.dmd.ratio=2", "cost", "sana", "1"))
@@ -273,6 +281,7 @@ def test_cost_has_a_row_for_every_paradigm(place):
     for row in rows:
         assert row["seconds"] > 0 and row["gad_low"] <= row["gad"] <= row["gad_high"]
         assert min(row["memory_base"], row["memory_gad"], row["memory_every"]) > 0
+        assert row["operations"] > 0 and 1 < row["operations_every"] < row["operations_gad"] < row["operations_map"]
     assert (place / "reports/cost.md").read_text().count("\n| ") == 1 + len(rows)
 
 

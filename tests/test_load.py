@@ -109,8 +109,17 @@ def test_not_a_pipeline(tmp_path):
 
 
 def test_index_that_is_not_json(copy):
-    (copy / "model_index.json").write_text("{")
-    refused(copy, "model_index.json is not JSON")
+    for text in (b"{", b"\xff"):
+        (copy / "model_index.json").write_bytes(text)
+        refused(copy, "pipeline/model_index.json is not JSON: restore the folder")
+
+
+@pytest.mark.parametrize("index", [{}, [], {"_class_name": None}, {"unet": ["diffusers", "UNet2DConditionModel"]}])
+def test_index_that_names_no_pipeline(index, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    refused(tmp_path, f"^{tmp_path}/model_index.json has no _class_name: restore the folder$")
+    with pytest.raises(ValueError, match="has no _class_name"):
+        load_network(tmp_path)
 
 
 def test_missing_part(copy):

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from conftest import build, perturb
 from diffusers import DDIMScheduler, TCDScheduler
 from torch import nn
+from torch.nn import functional as F
 
 from gad import distill, params
 from gad.backbones import Condition, load_network
@@ -188,6 +189,42 @@ def test_relational_forms_ignore_what_keeps_relations(one_step, form):
     with torch.no_grad():
         paradigm.student.weight.copy_(turned @ target)
     assert term(paradigm, t, form=form, pairs=6).abs() < 1e-8 < 1e-3 < other
+
+
+def test_relational_terms_by_hand(one_step):
+    """RKD over pairs and triples, SP over rows of Gram matrices."""
+    paradigm, t = one_step
+    x, _, x0, _ = drawn(t, 4)
+    with torch.no_grad():
+        y = paradigm.student(x)
+    ids = range(4)
+
+    def pairs(a):
+        found = torch.stack([(a[i] - a[j]).norm() for i in ids for j in ids if i != j])
+        return found / found.mean()
+
+    def triples(a):
+        unit = [[F.normalize(a[j] - a[i], dim=0) for j in ids] for i in ids]
+        return torch.stack([unit[i][j] @ unit[i][k] for i in ids for j in ids for k in ids])
+
+    def huber(a, b):
+        e = (a - b).abs()
+        return torch.where(e < 1, e * e / 2, e - 0.5).mean()
+
+    rkd = huber(pairs(y), pairs(x0)) + 2 * huber(triples(y), triples(x0))
+    assert torch.allclose(term(paradigm, t, form="rkd", pairs=4), rkd, rtol=1e-6)
+    gram = [torch.stack([F.normalize(row, dim=0) for row in a @ a.T]) for a in (y, x0)]
+    similarity = (gram[0] - gram[1]).square().sum() / 16
+    assert torch.allclose(term(paradigm, t, form="similarity", pairs=4), similarity, rtol=1e-6)
+
+
+def test_normalised_augmentation_is_a_relative_error(one_step):
+    paradigm, t = one_step
+    x, u, x0, _ = drawn(t, 6)
+    with torch.no_grad():
+        error = (paradigm.student(x + 0.3 * u) - x0).square().sum(1) / x0.square().sum(1)
+    found = term(paradigm, t, form="augmentation", pairs=6, h=0.3, normalise=True)
+    assert torch.allclose(found, error.mean(), rtol=1e-5)
 
 
 def test_distances_and_angles_of_a_right_triangle():

@@ -9,7 +9,9 @@ import pytest
 import yaml
 from dvc.utils.hydra import apply_overrides
 
+from gad import __main__ as main
 from gad import graph, params
+from gad.paradigms import PARADIGMS
 from gad.params import ROOT, ParamsError, Run
 
 DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -21,6 +23,18 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("gad.h", 0, "gad.h=0: input should be greater than 0"),
         ("gad.h", float("nan"), "gad.h=nan"),
         ("gad.h", "small", "gad.h='small'"),
+        ("gad.h", True, "gad.h=True: input should be a valid number"),
+        ("gad.h", "0.01", "gad.h='0.01': input should be a valid number (write 0.01, without quotes)"),
+        ("gad.lam", True, "gad.lam=True: input should be a valid number"),
+        ("gad.pairs", "8", "gad.pairs='8': input should be a valid integer (write 8, without quotes)"),
+        ("gad.pairs", True, "gad.pairs=True: input should be a valid integer"),
+        ("gad.pairs", 8.0, "gad.pairs=8.0: input should be a valid integer (write 8)"),
+        ("gad.normalise", "no", "gad.normalise='no': input should be a valid boolean (write true or false)"),
+        ("gad.robust", 1, "gad.robust=1: input should be a valid boolean (write true or false)"),
+        ("controls.map.h", True, "controls.map.h=True: input should be a valid number"),
+        ("controls.slower.rate", True, "controls.slower.rate=True: input should be a valid number"),
+        ("seeds.distill", [True], "seeds.distill.0=True: input should be a valid integer"),
+        ("uses.sweep", ["0.1"], "uses.sweep.0='0.1': input should be a valid number (write 0.1, without quotes)"),
         ("gad.lam", -1, "gad.lam=-1: input should be greater than or equal to 0"),
         ("gad.form", "jacobian", "gad.form='jacobian': input should be 'map'"),
         ("gad.every", 0, "gad.every=0"),
@@ -40,6 +54,10 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("controls.rkd.pairs", 2, "controls.rkd.pairs=2: `rkd` is of several samples: make it 3 or more"),
         ("paradigms.tdm", {"fake_lr": 1.0}, "paradigms.tdm.lr is missing: add it"),
         ("paradigms.tdm.lr", -1, "paradigms.tdm.lr=-1 must be greater than 0"),
+        ("paradigms.tdm.lr", True, "paradigms.tdm.lr=True: input should be a valid number"),
+        ("paradigms.tdm.lr", "0.1", "paradigms.tdm.lr='0.1': input should be a valid number (write 0.1, without"),
+        ("paradigms.tdm.foo", 1, "paradigms.tdm.foo=1 is not a key of this paradigm: it has lr, fake_lr, beta1, huber"),
+        ("paradigms.sid", {"lr": 1.0e-4, "fake_lr": 5.0e-4, "beta1": 0}, "paradigms.sid.alpha is missing: add it"),
         ("paradigms.ladd.disc_lr", 0, "paradigms.ladd.disc_lr=0 must be greater than 0"),
         ("paradigms.tdm.huber", float("inf"), "paradigms.tdm.huber=inf must be a finite number"),
         ("paradigms.tdm.steps", 0, "paradigms.tdm.steps=0 must be a whole number, 1 or more"),
@@ -58,6 +76,9 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("teacher.refine", [{"stepz": 9}], "teacher.refine.0.stepz=9"),
         ("backbones.sana.pretrain", {"stepz": 9}, "backbones.sana.pretrain.stepz=9: extra inputs are not permitted"),
         ("backbones.sana.pretrain", {"refine": [{"lr": -1.0}]}, "backbones.sana.pretrain.refine.0.lr=-1.0: input"),
+        ("backbones.sana.pretrain", {"steps": None}, "backbones.sana.pretrain.steps=None: input should be a valid int"),
+        ("backbones.sana.pretrain", {"lr": True}, "backbones.sana.pretrain.lr=True: input should be a valid number"),
+        ("backbones.sana.pretrain", {"batch": "8"}, "pretrain.batch='8': input should be a valid integer (write 8, "),
         ("seeds.distill", [], "seeds.distill=[]"),
         ("distill.precision", "int8", "distill.precision='int8'"),
         ("distill.precision", "fp16", "distill.precision='fp16': input should be 'no' or 'bf16'"),
@@ -116,6 +137,9 @@ def test_unknown_key_missing_key_missing_file_and_not_yaml(tmp_path):
         params.load(path)
     path.write_text("gad: [1, 2")
     with pytest.raises(ParamsError, match="is not YAML"):
+        params.load(path)
+    path.write_bytes("gad: {h: 0.01} # Größe".encode("latin-1"))
+    with pytest.raises(ParamsError, match=r"^.*params\.yaml is not UTF-8 \(byte 19\): save it as UTF-8$"):
         params.load(path)
     with pytest.raises(ParamsError, match="does not exist"):
         params.load(tmp_path / "none.yaml")
@@ -179,6 +203,37 @@ def test_a_file_that_dvc_has_rewritten_says_the_same(tmp_path):
     # Merged keys are written out: the controls no longer follow.
     assert {k for k in known if found[k] != known[k]} <= {"controls"}
     assert found["gad"]["lam"] == 0.125
+
+
+def test_numbers_load_as_dvc_and_the_command_line_write_them(tmp_path):
+    """DVC writes 1e-05, which is a string in YAML 1.1; so is the value of `--set gad.h=1e-5`."""
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+    apply_overrides(path, ["gad.h=1e-5", "gad.lam=1", "paradigms.tdm.lr=2.5e-7", "distill.clip=1e20",
+                           "gad.normalise=False", "distill.precision=no", "+backbones.sana.pretrain.lr=1e-5"])
+    assert "h: 1e-05" in path.read_text()
+    again = tmp_path / "again.yaml"  # as a copy of the repository has it
+    again.write_text(yaml.safe_dump(yaml.safe_load(path.read_text())))
+    for p in (params.load(path), params.load(again)):
+        assert (p.gad.h, p.gad.lam, p.gad.normalise, p.distill.precision) == (1e-5, 1.0, False, "no")
+        assert (p.paradigms["tdm"]["lr"], p.distill.clip, p.teacher_of("sana").lr) == (2.5e-7, 1e20, 1e-5)
+    given = params.load(**dict(main._assignment(text) for text in ("gad.h=1e-5", "gad.lam=1", "gad.normalise=no")))
+    assert (given.gad.h, given.gad.lam, given.gad.normalise) == (1e-5, 1.0, False) and type(given.gad.lam) is float
+    with pytest.raises(ParamsError, match=r"gad\.h='1e-4': input should be .* \(write 1\.0e-4, with the dot\)$"):
+        params.validate(DATA | {"gad": DATA["gad"] | {"h": "1e-4"}})
+
+
+def test_a_paradigms_keys_are_read_as_they_are_and_without_torch(tmp_path, monkeypatch):
+    """And what a file does not say plainly is left to the stage."""
+    assert {name: params._settings(name) for name in PARADIGMS} == {n: c.settings for n, c in PARADIGMS.items()}
+    (tmp_path / "gad/paradigms").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(params, "ROOT", tmp_path)
+        for text in ("", "settings = (*Base.settings, 'lr')", "settings = 'lr'", "class"):
+            (tmp_path / "gad/paradigms/own.py").write_text(text)
+            assert params._settings("own") == ()
+    code = "import sys; from gad import params; params.load(); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_blocks_beside_the_grid_make_runs_with_terms_and_steps_of_their_own():

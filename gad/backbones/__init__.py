@@ -127,8 +127,10 @@ def _check(folder: Path) -> str:
         index = json.loads((folder / "model_index.json").read_text())
     except FileNotFoundError:
         raise ValueError(f"{folder} has no model_index.json: it is not a Diffusers pipeline folder") from None
-    except json.JSONDecodeError:
+    except ValueError:  # nor text
         raise ValueError(f"{folder}/model_index.json is not JSON: restore the folder") from None
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"{folder}/model_index.json has no _class_name: restore the folder")
     for part, origin in index.items():
         if isinstance(origin, list) and origin[0] and not (folder / part).is_dir():
             raise ValueError(f"{folder} lacks its part {part!r} ({origin[1]}): restore the folder")

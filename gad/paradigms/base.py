@@ -212,7 +212,9 @@ def _tokens(f: Tensor) -> Tensor:
 
 
 class Adversarial(Paradigm):
-    """A paradigm with a discriminator: heads on features of the frozen teacher, which know noise level and prompt."""
+    """A paradigm with a discriminator: heads on features of the frozen teacher, which know noise level and prompt. Ours
+    for all of them: heads are small networks of each place; Adam's betas are (0.9, 0.95) for the student, with a decay
+    of 0.01, and (0, 0.99) for the heads (LADD as in Nitro: (0.9, 0.999))."""
 
     paired = True
 

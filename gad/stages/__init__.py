@@ -8,7 +8,8 @@ from .distillation import distill, publish
 from .evaluation import evaluate
 from .trial import trial
 from .uses import judge, references, use
+from .weigh import weigh
 from .world import autoencoder, teacher
 
 __all__ = ["autoencoder", "benchmark", "chain", "cost", "diagnose", "distill", "evaluate", "judge", "nearby", "publish",
-           "references", "teacher", "trial", "use"]
+           "references", "teacher", "trial", "use", "weigh"]

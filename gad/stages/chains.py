@@ -13,7 +13,7 @@ from .common import placed, prepare, write_json
 
 def nearby(backbone: str, p: Params) -> dict:
     """The teacher's side, once a backbone: its paths from the noises of Table 1, with their tangents at the student's
-    times, and itself at other noises nearby."""
+    times, the steps of what a student is before it learns, and itself at other noises nearby."""
     which, batch = p.backbones[backbone], p.evaluation.batch
     teacher = placed(prepare(p).device, backbone, p)
     measured = paths.diagnosis(backbone) / "test.safetensors"
@@ -25,6 +25,8 @@ def nearby(backbone: str, p: Params) -> dict:
         test.z, test.v, test.cond, batch, backbone,
     )
     Tangents(*found, test.cond).save(folder / "paths.safetensors", *Tangents.source(measured), dtype=torch.float16)
+    its = Tangents.load(folder / "paths.safetensors", teacher)
+    write_json(folder / "untrained.json", geometry.rounded(chains.chain(teacher, teacher.network, its, batch)))
     made = which.teacher_steps, which.cfg, batch, p.seeds.world + 26
     out = {str(size): chains.nearby(teacher, test, size, *made) for size in p.nearby.sizes}
     write_json(folder / "teacher.json", geometry.rounded(out))

@@ -9,6 +9,8 @@ import time
 import numpy as np
 import pandas as pd
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from .. import paths
 from ..distill import Distillation
@@ -26,8 +28,10 @@ NOTE = """# What a step costs
 `python -m gad cost {backbone} {blocks}`: {device}, batch {batch}, `{form}` form with {pairs} pairs{map}.
 Base and GAD take turns, {blocks} blocks each; medians of a step, and of the ratio of neighbouring blocks, with a 95 %
 bootstrap interval over blocks. Memory is the peak of the process (CPU) or of what is allocated (GPU), with the networks
-and moments of all columns in it: the columns' differences are what a term needs. The teacher's exact tangents, at
-{kept} noises once a backbone, are in none of it.
+and moments of all columns in it: the columns' differences are what a term needs. Operations are those of matrix
+products, convolutions and attention, counted in the first block: a ratio that no machine changes, and nearly that of
+larger networks of the same kind, whose calls are as many. The teacher's exact tangents, at {kept} noises once a
+backbone, are in none of it.
 
 """
 TITLES = {"gad": "GAD", "every": "GAD each 4th step", "map": "GAD, map form"}
@@ -35,8 +39,8 @@ TITLES = {"gad": "GAD", "every": "GAD each 4th step", "map": "GAD, map form"}
 
 def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
     """Time every paradigm's step without GAD, with it, with it at each 4th step (`gad.every`) and with `controls.map`
-    where there is one, on `backbone`; a row each, kept in reports/cost.csv. A block is as many steps as a cycle of all
-    that takes turns is long."""
+    where there is one, on `backbone`, and count its operations; a row each, kept in reports/cost.csv. A block is as
+    many steps as a cycle of all that takes turns is long."""
     if blocks < 1:
         raise ValueError(f"blocks={blocks} is too few: give 1 or more, of which an interval needs several")
     accelerator, paradigms = prepare(p, p.distill.precision), {name: find(name) for name in p.paradigms}
@@ -56,14 +60,19 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
         }
         cycle = int(p.paradigms[name].get("ratio", 1)) * 4
         timed = {k: _Timed(task, cycle, accelerator) for k, task in tasks.items()}
+        operations = {}
         for k in timed:  # warm up
-            timed[k]()
+            with _Operations() as counted:
+                timed[k]()
+            operations[k] = counted.total / cycle
         seconds = pd.DataFrame([{k: timed[k]() for k in timed} for _ in range(blocks)])
         row = {"backbone": backbone, "paradigm": name, "seconds": seconds["base"].median()}
         for k in [k for k in TITLES if k in terms]:
             ratio = (seconds[k] / seconds["base"]).to_numpy()
             row |= interval_columns(k, ratio, p.report.bootstrap, np.median)
         row |= {f"memory_{k}": timed[k].memory for k in timed}
+        row |= {"operations": operations["base"]}
+        row |= {f"operations_{k}": operations[k] / operations["base"] for k in TITLES if k in terms}
         rows.append(row)
         told = ", ".join(f"{title} {row[k]:.2f}" for k, title in TITLES.items() if k in terms)
         told = f"{name}, times the base: {told}"
@@ -72,6 +81,19 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
         gc.collect()
     _write(pd.DataFrame(rows), p, backbone, blocks, accelerator.device)
     return rows
+
+
+class _Operations(TorchDispatchMode):
+    """`total`: operations of all that is called within, forward and backward (FlopCounterMode's own count, without its
+    breakdown by module, which R1's gradient of a gradient does not bear)."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func._overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 class _Timed:
@@ -123,6 +145,9 @@ def _write(frame, p, backbone, blocks, device):
     titles = {k: title for k, title in TITLES.items() if k in frame}
     for key, title in titles.items():
         cells[f"{title} / base"] = [cell(*x, ".2f") for x in frame[[key, f"{key}_low", f"{key}_high"]].to_numpy()]
+    cells["base, GFLOP"] = (frame["operations"] / 1e9).map("{:.1f}".format)
+    for key, title in titles.items():
+        cells[f"{title} / base, operations"] = frame[f"operations_{key}"].map("{:.2f}".format)
     for key, title in {"base": "base", **titles}.items():
         if key != "every":  # its peak is GAD's
             cells[f"{title}, MB"] = frame[f"memory_{key}"].round().astype(int)

@@ -25,6 +25,8 @@ import numpy as np
 from .prompts import draw, filled, read_prompts, sample_prompts
 
 URL = "http://images.cocodataset.org/annotations/annotations_trainval2014.zip"
+# As public code pins it (torchvision's prototype datasets, for one); nothing was downloaded when this was written.
+SHA256 = "031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009"
 CAPTIONS, INSTANCES = FILES = ("captions_val2014.json", "instances_val2014.json")
 PROMPTS, LAYOUTS, SOURCE = "prompts.csv", "layouts.jsonl", "source.json"
 SPLITS = ("unseen", "test", "train")
@@ -80,13 +82,14 @@ PLURALS = {
 def fetch(folder: Path | str, url: str = URL, sha256: str | None = None, size: int | None = None) -> dict:
     """COCO's captions_val2014.json and instances_val2014.json in `folder`, from the zip archive at `url`.
 
-    The address is the one that COCO documents; neither it nor a checksum could be checked when this was written.
-    So: the archive must have `sha256` (hex) and `size` (bytes) where they are given, else those that an earlier
-    fetch left in source.json; where there are none they are printed, and kept there. An interrupted download goes
-    on where it stopped. Files already in `folder`, put there by hand, are taken as they are. Returns what
-    source.json holds. Raises RuntimeError that says what to do.
+    The address is the one that COCO documents, its checksum SHA256. Of any other the archive must have `sha256` (hex)
+    and `size` (bytes) where they are given, else those that an earlier fetch left in source.json; where there are none
+    they are printed, and kept there. An interrupted download goes on where it stopped. Files already in `folder`, put
+    there by hand, are taken as they are. Returns what source.json holds. Raises RuntimeError that says what to do.
     """
     folder = Path(folder)
+    if url == URL:
+        sha256 = sha256 or SHA256
     if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
         raise ValueError(f"sha256={sha256!r}: give 64 hexadecimal digits in lower case, or none")
     folder.mkdir(parents=True, exist_ok=True)

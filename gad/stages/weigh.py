@@ -1,0 +1,56 @@
+"""How much of a student's gradient is its term's, by which λ can be chosen: base losses differ in scale by orders of
+magnitude, and Adam hides it until two are added up."""
+
+import statistics
+
+import torch
+
+from .. import paths
+from ..distill import Distillation
+from ..paradigms import find
+from ..paradigms.forms import NEED_A_FAKE, gad_loss
+from ..params import Params, Run
+from ..tangents import Samples, Tangents
+from ..training import step_generator
+from ..worlds import world_of
+from .common import placed, prepare
+
+
+def weigh(run: Run, p: Params, draws: int = 12) -> dict[str, float]:
+    """Norms of the gradient at the student where its training begins, the teacher's weights: of the paradigm's own loss
+    (`base`) and of every variant's term with its λ, medians of `draws` steps' draws each. Not of forms that need a
+    fake, which is yet to learn there."""
+    accelerator, which = prepare(p), p.backbones[run.backbone]
+    backbone, endpoints = placed(accelerator.device, run.backbone, p), paths.endpoints(run.backbone)
+    cond = backbone.encode(world_of(run.backbone, p).prompts(p.distill.prompts, p.seeds.world), device="cpu")
+    tangents = Tangents.load(endpoints / "train.safetensors", backbone)
+    samples = Samples.load(endpoints / "samples.safetensors", backbone)
+    paradigm = find(run.paradigm)(backbone, which.student_steps, which.cfg, p.settings(run.paradigm, "base"), p.distill)
+    task = Distillation(paradigm, cond, tangents, None, p.distill.batch, run.seed, samples)
+    for role in task.roles.values():
+        role.module.to(accelerator.device)
+
+    def generator(step, *name):
+        return step_generator(run.seed, step, accelerator.device, *name)
+
+    def base(step):
+        return paradigm.losses(task.draw(generator(step)), step).get("student")
+
+    losses = {"base": base}
+    for name, term in ((name, p.term(name)) for name in p.variants):
+        if term and term.form not in NEED_A_FAKE:
+            term = term.model_copy(update={"every": 1})
+            losses[name] = lambda step, term=term: gad_loss(paradigm, tangents, term, 0, generator(step, "gad"))
+    return {name: statistics.median(_norms(paradigm.student, loss, draws)) for name, loss in losses.items()}
+
+
+def _norms(student, loss, draws):
+    found, step = [], 0
+    while len(found) < draws:
+        student.zero_grad()
+        if (value := loss(step)) is not None:  # a student that moves at some steps only
+            value.backward()
+            grads = [w.grad.norm() for w in student.parameters() if w.grad is not None]
+            found.append(float(torch.stack(grads).norm()))
+        step += 1
+    return found
