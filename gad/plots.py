@@ -441,6 +441,7 @@ def trained_again(p: Params):
                 else:
                     ax.plot(value, y - 0.25, ".", ms=6, color="#949494", label="one seed")
         ax.axvline(0, color="black", lw=0.6)
+        ax.locator_params(axis="x", nbins=5)
         ax.set_xlabel(title)
     axes[0].set_yticks(range(len(rows)), [f"{b}  {m.removesuffix(' − base')}" for b, m in rows])
     axes[0].set_ylim(len(rows) - 0.5, -0.7)

@@ -154,7 +154,7 @@ class Drawn:
 @pytest.fixture(scope="module")
 def drawn(mini):
     """SANA, its own paths in four steps without guidance, of two prompts, and students by share."""
-    backbone, (prompts, steps) = mini("sana"), (["a red circle"] * 2 + ["a blue square"], 4)
+    backbone, (prompts, steps) = mini("sana"), (["a red circle", "a blue square"], 4)
     z, v, cond = Tangents.inputs(backbone, prompts, (0, 1))
     t = Tangents(*tangents(
         lambda c: lambda z: backbone.path(backbone.network, z, c, steps, 1.0, backbone.times(steps)), z, v, cond, 4
@@ -164,18 +164,17 @@ def drawn(mini):
 
 def test_local_maps_of_a_real_network_between_floor_and_ceiling(drawn, monkeypatch):
     """J of the half deaf is half the teacher's: its cosine is whole, and only the norm tells."""
-    monkeypatch.setattr("gad.evaluation.geometry.LEVELS", (0.9, 0.3))
+    monkeypatch.setattr("gad.evaluation.geometry.LEVELS", (0.7,))
     backbone, teacher, students = drawn
     found = {share: local_rows(backbone, network, teacher, 1.0, 4) for share, network in students.items()}
-    for level in found[1.0]:
-        deaf, half, itself = (found[share][level] for share in SHARES)
-        for share, one in zip((0.5, 1), (half, itself), strict=True):
-            assert one["cos"] == pytest.approx([1] * 3, abs=1e-4)
-            assert one["ratio"] == pytest.approx([share] * 3, rel=1e-3)
-            assert one["relative"] == pytest.approx([(1 - share) ** 2] * 3, abs=1e-3)
-        assert max(deaf["ratio"]) < 1e-4 and deaf["relative"] == pytest.approx([1] * 3, abs=1e-3)
-        assert half["value"] == pytest.approx([x / 4 for x in deaf["value"]], rel=1e-3) and min(deaf["value"]) > 0.01
-        assert max(itself["value"]) < 1e-6
+    deaf, half, itself = (found[share]["0.7"] for share in SHARES)
+    for share, one in ((0.5, half), (1, itself)):
+        assert one["cos"] == pytest.approx([1] * 2, abs=1e-4)
+        assert one["ratio"] == pytest.approx([share] * 2, rel=1e-3)
+        assert one["relative"] == pytest.approx([(1 - share) ** 2] * 2, abs=1e-3)
+    assert max(deaf["ratio"]) < 1e-4 and deaf["relative"] == pytest.approx([1] * 2, abs=1e-3)
+    assert half["value"] == pytest.approx([x / 4 for x in deaf["value"]], rel=1e-3) and min(deaf["value"]) > 0.01
+    assert max(itself["value"]) < 1e-6
 
 
 def test_endpoints_of_a_real_network_between_floor_and_ceiling(drawn):
@@ -185,8 +184,8 @@ def test_endpoints_of_a_real_network_between_floor_and_ceiling(drawn):
         for s in students.values()
     ]
     deaf, _, itself = found
-    assert itself["cos"] == pytest.approx([1] * 3, abs=1e-4) and max(itself["relative"]) < 1e-6
-    assert max(deaf["ratio"]) < 1e-4 and deaf["relative"] == pytest.approx([1] * 3, abs=1e-3)
+    assert itself["cos"] == pytest.approx([1] * 2, abs=1e-4) and max(itself["relative"]) < 1e-6
+    assert max(deaf["ratio"]) < 1e-4 and deaf["relative"] == pytest.approx([1] * 2, abs=1e-3)
     away = (t.x0.mean(0) - t.x0).square().flatten(1).sum(1) / t.x0.square().flatten(1).sum(1)
     assert deaf["value"] == pytest.approx(away.tolist(), rel=1e-3)
     for key, order in (("ratio", found), ("relative", found[::-1]), ("value", found[::-1])):
@@ -194,7 +193,7 @@ def test_endpoints_of_a_real_network_between_floor_and_ceiling(drawn):
             between(*values)
     kl = [spectral_kl(np.array(one["spectrum"]), np.array(one["teacher_spectrum"])) for one in found]
     assert kl[2] < 1e-6 < kl[1] < kl[0]
-    silent = Heard(SimpleNamespace(draw=lambda z, c: backbone.sample(backbone.network, z, c, t.steps)), 0.0)
+    silent = Heard(SimpleNamespace(draw=lambda z, c: backbone.sample(backbone.network, z, c, 1)), 0.0)
     _, jv = tangents(lambda c: lambda z: silent.draw(z, c), t.z, t.v, t.cond, 4)
     assert not jv.any()  # of noise that reaches no network
 
@@ -202,7 +201,7 @@ def test_endpoints_of_a_real_network_between_floor_and_ceiling(drawn):
 def test_table4_has_its_ceiling_its_floor_and_what_is_between(drawn, monkeypatch):
     backbone, t, students = drawn
     teacher = Paths(t.states, t.cond)
-    found = {share: trajectory.errors(backbone, network, teacher, 2) for share, network in students.items()}
+    found = {share: trajectory.errors(backbone, network, teacher, 1) for share, network in students.items()}
     deaf, half, itself = ({k: np.array(x) for k, x in found[share].items()} for share in SHARES)
     assert max(x.max() for x in itself.values()) < 1e-5
     # However it comes there, the deaf one ends at its one image: all it errs at the end is its last step's own.
@@ -253,7 +252,8 @@ class Placing(BACKBONES["sd2"]):
         centres = torch.where(heard, x, x.detach() + 0 * x)[:, 0]
         cells = (torch.arange(16) + 0.5) / 16
         distance = (centres[..., None] - cells).square()  # (B, 2, xy, 16)
-        blobs = (-(distance[:, :, 1, :, None] + distance[:, :, 0, None]) / (2 * 0.12**2)).flatten(2).softmax(-1)
+        # With long tails: what is far from its box would not be moved beside what is near.
+        blobs = (1 + (distance[:, :, 1, :, None] + distance[:, :, 0, None]) / 0.1**2).flatten(2) ** -2
         assert tokens.shape[1] == 4  # a colour and a shape each
         return [blobs.repeat_interleave(2, 1)]
 
@@ -276,7 +276,6 @@ def layouts(mini):
     phrases = [[f"{colour} {shape}" for shape, colour in own] for own in names]
     boxes = [world.boxes(k) for k in range(len(world))]
     mini_world = benches.Mini("sd2", p, "cpu")
-    mini_world.batch = 12  # the last part is smaller
     mini_world.layouts = lambda backbone: benches.Layouts(world.captions(), phrases, names, boxes)
     uses = SimpleNamespace(evals=30, scale=0.015, sweep=[0.003], draws=10)
     bench = SimpleNamespace(
@@ -291,8 +290,8 @@ def test_layouts_follow_their_boxes_do_not_or_half_of_them_do(layouts):
     assert deaf["free"] == half["free"] == obedient["free"]  # that nobody is asked for
     assert deaf["guided"] == deaf["shuffled"] == deaf["0.003"] == deaf["free"]
     free, guided = obedient["free"], obedient["guided"]
-    assert free["ap50"] < 0.15 and guided["ap50"] > 0.9 and guided["ap"] > 0.5
-    assert np.mean(guided["iou"]) > 0.75 and np.mean(guided["centre"]) < 2 and min(np.array(free["centre"])) > 2
+    assert free["ap50"] < 0.15 and guided["ap50"] > 0.95 and guided["ap"] > 0.6
+    assert max(guided["centre"]) < 4 < min(free["centre"]) and np.mean(guided["iou"]) > 0.8
     assert np.mean(guided["scene"]) > 0.9
     assert obedient["shuffled"]["ap50"] < 0.3  # it follows boxes, though not its own
     for key in ("ap", "ap50", "iou", "scene"):

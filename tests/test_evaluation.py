@@ -12,7 +12,7 @@ from gad import claims, params, paths, tables
 from gad.evaluation import trajectory
 from gad.evaluation.geometry import bootstrap, compare, local_rows, row, spectral_kl, spectrum, tangents
 from gad.params import Run
-from gad.tables import chains, geometry, pages, replicas, teachers, trajectories
+from gad.tables import chains, geometry, gradients, pages, replicas, teachers, trajectories
 from gad.tangents import Paths, Tangents
 
 
@@ -315,7 +315,8 @@ def test_metrics_have_the_end_of_each_backbones_trajectories(monkeypatch, tmp_pa
     monkeypatch.setattr(paths, "METRICS", tmp_path / "metrics.json")
     rows = pd.DataFrame(columns=[*STEPS.columns, "map"])
     for module, made in (
-        (geometry, rows), (teachers, {}), (pages, {}), (trajectories, STEPS), (chains, rows), (replicas, rows)
+        (geometry, rows), (teachers, {}), (pages, {}), (trajectories, STEPS), (chains, rows), (replicas, rows),
+        (gradients, rows),
     ):
         monkeypatch.setattr(module, "write", lambda p, made=made: made)
     tables.write(None)

@@ -348,8 +348,10 @@ def test_seeds_of_distillation_are_averaged():
 
 
 def test_intervals():
-    about = tables.interval((1.0, np.linspace(0, 100, 101)), 10)  # draws that lean upward by 49
-    assert about == pytest.approx((1.0, 1 - 47.5, 1 + 47.5))
+    about = tables.interval((1.0, np.linspace(0, 100, 101), 10**6), 10)  # draws that lean upward by 49
+    assert about == pytest.approx((1.0, 1 - 47.5, 1 + 47.5), rel=1e-4)
+    few = tables.interval((1.0, np.linspace(0, 100, 101), 12), 10)  # of few prompts they are wider, as others are
+    assert few == pytest.approx((1.0, 1 - 48.924, 1 + 48.924), rel=1e-4)
     value, low, high = tables.interval([0.0, 1.0] * 50, 400)
     assert value == 0.5 and 0.35 < low < 0.5 < high < 0.65
 
@@ -361,8 +363,8 @@ def test_prompts_without_a_value_are_left_out_of_an_interval():
 
 
 def test_shares_stay_shares_and_differences_do_not(long):
-    low, high = tables.interval((0.1, [0.0, 0.9]), 10)[1:]
-    assert low < 0 and tables.interval((0.1, [0.0, 0.9]), 10, share=True)[1:] == (0, high)
+    low, high = tables.interval((0.1, [0.0, 0.9], 48), 10)[1:]
+    assert low < 0 and tables.interval((0.1, [0.0, 0.9], 48), 10, share=True)[1:] == (0, high)
     assert at(long["table5"], "TDM", "free, AP")["low"] == 0 and at(long["table5"], "TDM", "0.1, AP50")["high"] == 1
     for ap in ("AP", "AP50"):
         row = at(long["table5"], "TDM", f"guided − shuffled, {ap}")
