@@ -85,12 +85,24 @@ def test_a_response_of_exactly_zero_is_a_number_everywhere(linear):
     assert compare(jv, jv)["relative"].max() == 0 and compare(0 * jv, jv)["cos"].abs().max() == 0
 
 
+def test_spectra_are_shares_of_power():
+    """Not of amplitude; and a student that lacks the one wave or the other altogether is off by a number."""
+    slow, fast = (torch.cos(2 * torch.pi * k * torch.arange(16) / 16).expand(1, 4, 16, 16) for k in (1, 3))
+    teacher = spectrum(slow + 2 * fast)
+    assert teacher[0, [1, 3]].tolist() == pytest.approx([0.2, 0.8])
+    half = spectrum(slow + fast).numpy()
+    assert spectral_kl(half, teacher.numpy()) == pytest.approx(0.2 * np.log(0.2 / 0.5) + 0.8 * np.log(0.8 / 0.5))
+    assert spectral_kl(teacher.numpy(), teacher.numpy()) == 0
+    lost = [spectral_kl(spectrum(x).numpy(), teacher.numpy()) for x in (slow, fast)]
+    assert np.isfinite(lost).all() and lost[0] > lost[1] > 1
+
+
 def test_table1_has_its_ceiling_its_floor_and_what_is_between(linear):
     students, v, _ = linear
     itself, deaf, elements, noises = (measured(students[k]) for k in ("itself", "deaf", "elements", "noises"))
     assert [itself[k] for k in ("cos", "ratio")] == pytest.approx([1, 1])
     assert [itself[k] for k in ("relative", "mse", "value", "value_mean", "spectral_kl")] == pytest.approx([0] * 5)
-    assert [deaf[k] for k in ("cos", "ratio", "relative")] == pytest.approx([0, 0, 1], abs=geometry.LEAST)
+    assert [deaf[k] for k in ("cos", "ratio", "relative")] == pytest.approx([0, 0, 1], abs=2 * geometry.LEAST)
     assert deaf["spectral_kl"] == pytest.approx(flat_kl(students["deaf"]["teacher_spectrum"]), rel=1e-3)
     # What is heard is at right angles to what is not: cos = ratio = the share of v's norm, relative the rest.
     share = v[:, :2].flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)
