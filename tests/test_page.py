@@ -147,7 +147,8 @@ def test_every_verdict_is_there(reports):
     shown = Counter(plain(e["text"]) for e in results)
     assert wanted and shown == Counter({"".join(row): n for row, n in wanted.items()})
     assert {e["attrs"]["class"] for e in results} == {row[3].replace("notr", "not-r") for row in wanted}
-    whole = re.findall(r"^\| .+ \| (.+?) +\| .+ \| .+ \| (.+?) +\|$", text.split("\n## ")[1], re.M)[1:]
+    lines = [line.strip("| ").split(" | ") for line in text.split("\n## ")[1].splitlines() if line.startswith("| ")]
+    whole = [(line[1], line[-1]) for line in lines[1:]]
     counts = Counter(verdict for paper, verdict in whole if paper.strip() not in ("no claim of it", "the paper"))
     counts = Counter({plain(v): n for v, n in counts.items() if not set(v) <= set(":-")})
     assert len(counts) > 1 and counts == Counter({
@@ -321,7 +322,8 @@ def test_students_have_an_axis_for_each_measure_and_published_ones_a_row(figure)
         return {"endpoint": cos, "quality": quality, "untrained student": cos, "teacher, CFG + 1": cos}
 
     turbo = {"sd2-turbo-base-0": {"backbone": "sd2", "paradigm": "turbo", "path": "somewhere"}}
-    found = figure(plots.students, results, **PHOTOGRAPHS, published=turbo, **{"seeds.distill": [1, 2]})
+    seeds = {"seeds.distill": [1, 2], "further.replicas.seeds": []}
+    found = figure(plots.students, results, **PHOTOGRAPHS, published=turbo, **seeds)
     right = np.reshape(found.axes, (3, 2))[:, 1]
     assert [ax.get_xlabel() for ax in right] == ["PickScore", "scene accuracy", "scene accuracy"]
     assert right[0].get_xlim()[0] > 10 and right[1].get_xlim() == (0, 1)
@@ -335,7 +337,7 @@ def test_nearby_shows_one_seeds_students_beside_their_teachers_curve(figure, mon
         seed = int(path.stem[-1]) if path.parent.name in ("results", "chains") else 0
         if path.parent.name == "results":
             return {"endpoint": {"cos": [0.2 + seed] * 2, "value": [0.1, 0.1]}}
-        if path.parent.name == "chains":
+        if path.parent.name == "chains" or path.stem == "untrained":
             return {"step": [[0.9] * 2] * 2, "path": [[0.9] * 2, [0.8] * 2], "own": [[0.9] * 2, [0.2 + seed] * 2]}
         return {s: {"cos": [c] * 2, "value": [v] * 2} for s, c, v in (("0.02", 0.9, 0.01), ("0.3", 0.4, 0.2))}
 
