@@ -267,6 +267,14 @@ def test_paths_of_another_number_of_steps_stop_before_training(place):
     take(place, "sana-tdm-base-0")
 
 
+@pytest.mark.slow
+def test_terms_are_weighed_beside_their_paradigm(place):
+    found = json.loads(place.done("--set", "gad.lam=0.5", "weigh", "sana", "dmd"))
+    again = json.loads(place.done("--set", "gad.lam=1.0", "weigh", "sana", "dmd"))
+    assert {"base", "gad", "rkd"} <= set(found) and "longer" not in found and min(found.values()) >= 0
+    assert again["base"] == found["base"] and again["gad"] == pytest.approx(2 * found["gad"], rel=1e-4)
+
+
 def test_operations_are_those_of_products_forward_and_backward():
     w, x = torch.randn(5, 7, requires_grad=True), torch.randn(3, 5, requires_grad=True)
     with cost._Operations() as counted:

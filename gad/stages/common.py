@@ -14,9 +14,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from .. import geometry, paths
-from ..backbones import Backbone, load
+from ..backbones import Backbone, Condition, load
 from ..embeddings import add_weights, keep
 from ..params import Params
+from ..tangents import Samples, Tangents
+from ..worlds import world_of
 
 
 def prepare(p: Params, precision: str = "no", track: str | None = None) -> Accelerator:
@@ -44,6 +46,14 @@ def prepare(p: Params, precision: str = "no", track: str | None = None) -> Accel
             "are several; use MULTI_GPU, and where memory is short hardware.shard, checkpointing and accumulate"
         )
     return made
+
+
+def materials(device, backbone: str, p: Params) -> tuple[Backbone, Condition, Tangents, Samples]:
+    """What the students of a backbone learn from: their teacher, training prompts, its paths with tangents, samples."""
+    model, endpoints = placed(device, backbone, p), paths.endpoints(backbone)
+    cond = model.encode(world_of(backbone, p).prompts(p.distill.prompts, p.seeds.world), device="cpu")
+    tangents = Tangents.load(endpoints / "train.safetensors", model)
+    return model, cond, tangents, Samples.load(endpoints / "samples.safetensors", model)
 
 
 def placed(device, name: str, p: Params, anew: bool = False) -> Backbone:

@@ -18,10 +18,8 @@ from ..evaluation.geometry import interval_columns
 from ..paradigms import find
 from ..params import Params
 from ..tables import cell
-from ..tangents import Samples, Tangents
 from ..training import update
-from ..worlds import world_of
-from .common import placed, prepare, write_csv
+from .common import materials, prepare, write_csv
 
 NOTE = """# What a step costs
 
@@ -44,11 +42,8 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
     if blocks < 1:
         raise ValueError(f"blocks={blocks} is too few: give 1 or more, of which an interval needs several")
     accelerator, paradigms = prepare(p, p.distill.precision), {name: find(name) for name in p.paradigms}
-    model = placed(accelerator.device, backbone, p)
-    which, endpoints = p.backbones[backbone], paths.endpoints(backbone)
-    tangents = Tangents.load(endpoints / "train.safetensors", model)
-    samples = Samples.load(endpoints / "samples.safetensors", model)
-    cond = model.encode(world_of(backbone, p).prompts(p.distill.prompts, p.seeds.world), device="cpu")
+    model, cond, tangents, samples = materials(accelerator.device, backbone, p)
+    which = p.backbones[backbone]
     terms = {"base": None, "gad": p.gad, "every": p.gad.model_copy(update={"every": 4})}
     if "map" in p.controls:
         terms["map"] = p.controls["map"]

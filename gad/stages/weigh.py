@@ -5,15 +5,12 @@ import statistics
 
 import torch
 
-from .. import paths
 from ..distill import Distillation
 from ..paradigms import find
 from ..paradigms.forms import NEED_A_FAKE, gad_loss
 from ..params import Params, Run
-from ..tangents import Samples, Tangents
 from ..training import step_generator
-from ..worlds import world_of
-from .common import placed, prepare
+from .common import materials, prepare
 
 
 def weigh(run: Run, p: Params, draws: int = 12) -> dict[str, float]:
@@ -21,10 +18,7 @@ def weigh(run: Run, p: Params, draws: int = 12) -> dict[str, float]:
     (`base`) and of every variant's term with its λ, medians of `draws` steps' draws each. Not of forms that need a
     fake, which is yet to learn there."""
     accelerator, which = prepare(p), p.backbones[run.backbone]
-    backbone, endpoints = placed(accelerator.device, run.backbone, p), paths.endpoints(run.backbone)
-    cond = backbone.encode(world_of(run.backbone, p).prompts(p.distill.prompts, p.seeds.world), device="cpu")
-    tangents = Tangents.load(endpoints / "train.safetensors", backbone)
-    samples = Samples.load(endpoints / "samples.safetensors", backbone)
+    backbone, cond, tangents, samples = materials(accelerator.device, run.backbone, p)
     paradigm = find(run.paradigm)(backbone, which.student_steps, which.cfg, p.settings(run.paradigm, "base"), p.distill)
     task = Distillation(paradigm, cond, tangents, None, p.distill.batch, run.seed, samples)
     for role in task.roles.values():
