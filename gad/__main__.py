@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
          ("backbone", "paradigm", "variant", "seed")),
         ("weigh", "the gradients of a paradigm's own loss and of every term beside it, by which to choose λ",
          ("backbone", "paradigm")),
-        ("benchmark", "time full-size steps (random weights) and plan the paper's grid; reports/benchmark.json", ()),
+        ("benchmark", "count full-size steps, time them on a GPU, plan the paper's grid; reports/benchmark.json", ()),
         ("cost", "time a step of every paradigm without and with GAD; reports/cost.md", ("backbone", "blocks")),
     ):
         command = commands.add_parser(name, help=text)
@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
             for option, kind in (("blocks", int), ("batch", int), ("gpus", int), ("precision", str)):
                 command.add_argument(f"--{option}", type=kind, default={"blocks": 8, "gpus": 8}.get(option))
             command.add_argument("--compile", action="store_true", help="each block by torch.compile")
-            command.add_argument("--miniature", action="store_true", help="the small networks, on a GPU too")
+            command.add_argument("--miniature", action="store_true", help="time the small networks, on any machine")
+            command.add_argument("--tflops", type=float, nargs=2, default=[300.0, 40.0], metavar=("BF16", "FP32"),
+                                 help="what a GPU sustains, for hours where there is none to be timed")
         if name == "distill":
             command.add_argument("--track", choices=("tensorboard", "wandb", "dvclive"), help="losses, probes, samples")
     args = parser.parse_args(argv)
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
             stages.benchmark(
                 p, tuple(args.backbone), tuple(args.paradigms), args.blocks, args.batch, args.precision, args.compile,
-                miniature=args.miniature or None, gpus=args.gpus,
+                miniature=args.miniature, gpus=args.gpus, tflops=tuple(args.tflops),
             )
             return 0
         for name, choices in known.items():

@@ -21,6 +21,7 @@ LOCAL = "data/students/"  # outputs that are not shipped: missing is no reason t
 PENDING = paths.resume("fresh")  # stages that an interrupted fresh run still owes
 STUDENTS = ("distill", "evaluate", "chain", "use")
 READERS = ("evaluate", "chain", "use")  # of students; figures also want a student's probes, which ship
+TRIALS = "reports/tuning.csv"  # made by hand, trial by trial, and read by the tables
 SCRATCH = ("__pycache__", ".ipynb_checkpoints")
 ALONE = {  # no blocks beside the grid
     "baselines": {"paradigms": []}, "controls": {"variants": []}, "maps": {"variants": []},
@@ -276,8 +277,9 @@ def sandbox(folder: Path, overrides: dict, shared: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("gad", "notebooks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(*SCRATCH), dirs_exist_ok=True)
-    for name in ("dvc.yaml", ".dvcignore", "CITATION.cff", *(["dvc.lock"] if shared else [])):
-        shutil.copy(ROOT / name, folder)
+    (folder / TRIALS).parent.mkdir(exist_ok=True)
+    for name in ("dvc.yaml", ".dvcignore", "CITATION.cff", TRIALS, *(["dvc.lock"] if shared else [])):
+        shutil.copy(ROOT / name, folder / name)
     params = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"published": {}}
     (folder / "params.yaml").write_text(yaml.safe_dump(_merged(params, overrides), sort_keys=False))
     config = "[core]\n    no_scm = true\n    analytics = false\n"

@@ -56,7 +56,8 @@ FIGURES = {  # alternative text, caption; what stands in braces depends on the w
                 "training, of few noises, where Table 1 has many; upright lines at the end are the finished students' "
                 "intervals. Line with its interval: the teacher at another guidance scale."),
     "figure5": ("Points of {vendi} against CLIP, a column a backbone, with arrows from without to with GAD.",
-                "Diversity against fidelity; an arrow leads from a student without GAD to the one with it."),
+                "Diversity against fidelity; an arrow leads from a student without GAD to the one with it. Hollow: "
+                "students of paradigms that have none with it; their intervals are in the table."),
     "nearby": ("Above, points of JVP cosines against value errors with the teacher's own curve, a panel a backbone; "
                "below, two JVP cosines a student joined by a line.",
                "Where the cosine is lost. Above, tangents against values: students, and the teacher against itself at "
@@ -231,7 +232,7 @@ def write(p: Params) -> Path:
         p=p, small=[b for b in p.grid.backbones if p.backbones[b].world == "mini"],
         stages=stages, maker=maker, rule=claims[0].parts, long=LONG, first=FIRST,
         claims=judged(claims, {claim.text: claim.edges(p) for claim in CLAIMS}),
-        overview=overview, counts=counted(overview),
+        overview=overview, counts=counted(overview), read=(paths.REPORTS / "findings.md").exists(),
         tables={f.stem: parse(f.read_text()) for f in texts}, csv={f.stem for f in paths.TABLES.glob("*.csv")},
         measured={
             n: ([s for s in stages if any(fnmatch(s, x) for x in by.split())],

@@ -168,8 +168,9 @@ VENDI = {"vendi": "Vendi score\nof the judge's features", "layout_vendi": "Vendi
 
 def figure5(p: Params):
     """Vendi scores against CLIP, a column a backbone: arrows from a student without to the one with GAD; a marker a
-    paradigm. The judge's features count flaws as variety, of which the world's own images have none; of places the
-    world's own score is what there is to reach. No panel where a backbone's world has no such score."""
+    paradigm, hollow and without its interval where there is none with GAD. The judge's features count flaws as variety,
+    of which the world's own images have none; of places the world's own score is what there is to reach. No panel where
+    a backbone's world has no such score."""
     backbones, n = p.grid.backbones, p.report.bootstrap
     found = {b: uses.models(p, b) for b in backbones}
     keys = [k for k in VENDI if any(k in models["teacher"]["diversity"] for models in found.values())]
@@ -191,8 +192,11 @@ def figure5(p: Params):
                 result = own[name]
                 x, y = (uses.interval(v, n) for v in (result["quality"]["clip"], result["diversity"][key]))
                 at[name] = x[0], y[0]
-                _cross(ax, x, y, colour)
-                ax.plot(x[0], y[0], marker, ms=9 if marker == "*" else 5, color=colour, label=name)
+                paired = name == "teacher" or {name + " + GAD", name.removesuffix(" + GAD")} & {*shown} - {name}
+                if paired:
+                    _cross(ax, x, y, colour)
+                ax.plot(x[0], y[0], marker, ms=9 if marker == "*" else 5, color=colour, label=name,
+                        mfc=colour if paired else "white", zorder=3 if paired else 2)
             if "the world" in own:
                 _across(ax, uses.interval(own["the world"]["diversity"][key], n), "the world's own images", "--")
             for name, end in at.items():

@@ -6,14 +6,24 @@ from pathlib import Path
 
 from . import paths
 
+OWN = "in the paper's own case"  # the column of claims.md
+
 
 def shown() -> dict[str, str]:
     """Tables by name, of those there are."""
     summary, claims = paths.TABLES / "summary.md", paths.REPORTS / "claims.md"
     made = {"summary": summary.read_text()} if summary.exists() else {}
     if claims.exists() and (first := re.search(r"\n(\|.*?\n)\n", claims.read_text(), re.S)):
-        made["claims"] = first[1]
+        made["claims"] = _with_a_number(first[1])
     return made
+
+
+def _with_a_number(table: str) -> str:
+    """The rows of claims for which the paper has a case of its own; all, where the grid has none of those."""
+    head, line, *rows = table.splitlines()
+    own = [name.strip() for name in head.split("|")].index(OWN)
+    kept = [row for row in rows if row.split("|")[own].strip() != "–"]
+    return "\n".join([head, line, *(kept or rows)]) + "\n"
 
 
 def fill(path: Path):

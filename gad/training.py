@@ -217,8 +217,8 @@ def train(
         try:
             row = update(task, step, seed, learning_rate(step, steps, warmup), accelerator, accumulate)
         except DivergedError as error:
-            kept = os.path.relpath(folder)
-            raise DivergedError(f"{error}: lower its lr or gad.lam; the last checkpoint is kept in {kept}") from None
+            kept = f"; the last checkpoint is kept in {os.path.relpath(folder)}" if state.exists() else ""
+            raise DivergedError(f"{error}: lower its lr or gad.lam{kept}") from None
         if step % log_every == 0 or step == steps - 1:
             rows.append(row)
             accelerator.log({k: v for k, v in row.items() if k != "step"}, step)

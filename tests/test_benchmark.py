@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import types
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from gad.backbones import MINIATURES
 from gad.paradigms.tdm import TDM
 from gad.params import load
 from gad.stages.benchmark import SCHEDULES, Schedule, benchmark, page, plan
+from gad.stages.counting import count
 
 stage = importlib.import_module("gad.stages.benchmark")  # the package has the function by that name
 
@@ -90,6 +92,89 @@ def test_what_does_not_fit_has_a_row_and_the_run_goes_on(p, monkeypatch):
     assert report["plan"][-1]["backbone"] == "all"
 
 
+class Small(torch.nn.Module):
+    """A full-size network's stand-in with a known number of operations: two products at each of its places."""
+
+    config = types.SimpleNamespace(sample_size=8, in_channels=4)
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+
+    @property
+    def device(self):
+        return self.layers[0].weight.device
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """SANA's full size in architectures.FULL, as a network of two products."""
+    class Plain(architectures.BACKBONES["sana"]):
+        def raw(self, network, x_t, timestep, cond):
+            assert x_t.device.type == cond.embeds.device.type == timestep.device.type == "meta"
+            return network.layers(x_t.flatten(2).mT).mT.reshape(x_t.shape)
+
+        def encode_text(self, prompts):
+            embeds = torch.randn(len(prompts), 3, 5, device=self.device)
+            return embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=self.device)
+
+    def build(name, device):
+        with torch.device(device):
+            parts = {Plain.part: Small(), "vae": torch.nn.Identity(), "text_encoder": torch.nn.Identity()}
+        return Plain(architectures._Parts(**parts, scheduler=architectures.FULL["sana"].scheduler()), name)
+
+    monkeypatch.setattr(architectures, "build", build)
+
+
+def test_operations_are_counted_by_hand(small, p):
+    """TCD: of each image two of the teacher's calls, guided, one of the student without gradient and one with. GAD: two
+    of the student with gradient for each pair. A call is 2 × 64 × (4 × 16 + 16 × 4) operations; backward to the weights
+    as many, and to the first product's output half."""
+    found = count("sana", "tcd", {"gad": p.gad}, p, 4, 3)
+    call = 2 * 64 * 128
+    trained = call * 2.5
+    assert found.base == 4 * (3 * call + trained)
+    assert found.terms == {"gad": p.gad.pairs * 2 * trained}
+    weights = 4 * 16 + 16 + 16 * 4 + 4
+    assert found.parameters == weights and found.held == 4 * weights * (1 + 1 + 3 + 1)  # the teacher; the student's
+
+
+@pytest.mark.parametrize("paradigm", ["tdm", "sid", "dmd"])
+def test_operations_of_gad_are_in_proportion_to_its_pairs(small, p, paradigm):
+    terms = {n: p.gad.model_copy(update={"pairs": n}) for n in (4, 8)}
+    terms["exact"] = terms[4].model_copy(update={"scheme": "exact"})
+    found = count("sana", paradigm, terms, p, 4, 1)
+    assert 0 < found.terms[4] == found.terms[8] / 2 and found.terms["exact"] > 0
+    assert count("sana", paradigm, {4: terms[4]}, p, 4, 1).base == found.base
+
+
+def test_without_a_gpu_full_size_is_counted_and_planned(small, p, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report = benchmark(p, ("sana",), ("tdm", "sid"), precision="bf16", gpus=2, tflops=(100.0, 10.0))
+    assert json.loads((tmp_path / "benchmark.json").read_text()) == report and report["device"] is None
+    row = report["rows"][0]
+    assert row["seconds_base"] is None and row["operations_gad"] > 0 and row["held"] > 0
+    cells = {(c["paradigm"], c["variant"]): c for c in report["plan"] if c["backbone"] == "sana"}
+    images = SCHEDULES["tdm"].steps * SCHEDULES["tdm"].batch
+    base, gad = cells["tdm", "base"], cells["tdm", "gad"]
+    assert base["device_hours"] * 3600 == pytest.approx(images * row["operations_base"] / 100e12)
+    assert base["hours"] == base["device_hours"] / 2
+    assert (gad["device_hours"] - base["device_hours"]) * 3600 == pytest.approx(images * row["operations_gad"] / 10e12)
+    assert gad["exaflop"] == pytest.approx(images * (row["operations_base"] + row["operations_gad"]) / 1e18)
+    exact = plan(report["rows"], SCHEDULES, 2, "by hand", (100.0, 100.0))
+    again = benchmark(load(**{"gad.scheme": "exact"}), ("sana",), ("tdm",), precision="bf16", tflops=(100.0, 10.0))
+    assert again["rows"][0]["operations_gad"] == row["operations_exact"]
+    gad, alike = (next(c for c in x if c["variant"] == "gad" and c["backbone"] == "sana" and c["paradigm"] == "tdm")
+                  for x in (again["plan"], exact))
+    assert gad["device_hours"] / gad["exaflop"] == pytest.approx(alike["device_hours"] / alike["exaflop"])
+    capsys.readouterr()
+    report = benchmark(p, ("sana",), ("tdm", "sid"), precision="bf16", gpus=2, tflops=(100.0, 10.0))
+    printed = capsys.readouterr().out
+    assert printed.strip() == page(report).strip()
+    assert (tmp_path / "benchmark.md").read_text() == page(report)
+    assert "**Nothing was timed**" in printed and "Precision: bf16" in printed and "images/s" not in printed
+
+
 def test_plan_is_steps_times_batch_over_images_a_second():
     schedules = SCHEDULES | {"ladd": Schedule(1000, 360, "by hand")}
     row = {"backbone": "sd2", "paradigm": "ladd", "images_base": 50.0, "images_gad": 40.0, "memory_base": 7.0,
@@ -113,6 +198,7 @@ def test_plan_is_steps_times_batch_over_images_a_second():
     ({"blocks": 1}, "blocks=1 is too few"),
     ({"batch": 0}, "batch=0 is too few"),
     ({"gpus": 0}, "gpus=0 is too few"),
+    ({"tflops": (300.0, 0.0)}, "tflops=.300.0, 0.0.: give what a device sustains"),
 ])
 def test_bad_input_is_one_line(p, options, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -120,9 +206,6 @@ def test_bad_input_is_one_line(p, options, message):
     assert "\n" not in str(error.value)
 
 
-def test_full_size_needs_a_gpu_and_gad_a_weight(p, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="miniature=False needs a GPU"):
-        benchmark(p, miniature=False)
+def test_gad_needs_a_weight(p):
     with pytest.raises(ValueError, match="lam=0 leaves no GAD to time"):
         benchmark(load(**{"gad.lam": 0}), miniature=True)

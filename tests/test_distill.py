@@ -24,6 +24,7 @@ from gad.graph import sandbox
 from gad.paradigms import PARADIGMS
 from gad.params import ROOT, Run, load
 from gad.stages import distillation
+from gad.stages.counting import Operations
 
 # the package has functions by these names
 cost, trials = (importlib.import_module(f"gad.stages.{name}") for name in ("cost", "trial"))
@@ -258,6 +259,23 @@ def test_divergence_stops_with_one_line_and_keeps_the_checkpoint(place, variant)
 
 
 @pytest.mark.slow
+def test_diagnosis_is_shared_by_two_processes(place):
+    """The same bytes as of one, whose parts are as large."""
+    arguments = ("--set", "hardware.tangents=1", "--set", "evaluation.batch=1", "diagnose", "sana")
+    files = [place / "data/endpoints/sana/train.safetensors", place / "data/endpoints/sana/probe.safetensors",
+             place / "data/diagnosis/sana/test.safetensors", place / "data/diagnosis/sana/floors.json"]
+    told = json.loads(place.done(*arguments))
+    alone = [f.read_bytes() for f in files]
+    for f in files:
+        f.unlink()
+    process = launch(place.folder, *arguments)
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert [f.read_bytes() for f in files] == alone and json.loads(out[out.index("{"):]) == told  # and it is told once
+    assert not list((place / "data/.resume").glob("diagnose-*"))
+
+
+@pytest.mark.slow
 def test_paths_of_another_number_of_steps_stop_before_training(place):
     """Base students learn nothing from them."""
     code, _, error = place.run("--set", "backbones.sana.student_steps=4", *SHARED)
@@ -277,9 +295,17 @@ def test_terms_are_weighed_beside_their_paradigm(place):
 
 def test_operations_are_those_of_products_forward_and_backward():
     w, x = torch.randn(5, 7, requires_grad=True), torch.randn(3, 5, requires_grad=True)
-    with cost._Operations() as counted:
+    with Operations() as counted:
         (x @ w).tanh().sum().backward()
     assert counted.total == 3 * 2 * 3 * 5 * 7  # the product and its two gradients
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_operations_of_a_convolution_know_its_groups(groups):
+    convolution, x = torch.nn.Conv2d(8, 16, 3, stride=2, groups=groups), torch.randn(2, 8, 9, 9, requires_grad=True)
+    with Operations() as counted:
+        convolution(x).sum().backward()
+    assert counted.total == 3 * 2 * (2 * 16 * 4 * 4) * (8 // groups * 9)  # each output's products, and both gradients
 
 
 @pytest.mark.slow
@@ -296,6 +322,7 @@ def test_cost_has_a_row_for_every_paradigm(place):
 @pytest.mark.slow
 def test_trials_keep_a_row_each_and_no_student(place):
     trial = ("--set", "distill.steps=2", "trial", "sana", "ladd", "base")
+    (place / "reports/tuning.csv").unlink()
     first = json.loads(place.done(*trial))
     assert first["scene_low"] <= first["scene"] <= first["scene_high"] and abs(first["cos"]) <= 1
     place.done("--set", "paradigms.ladd.recon=0.5", *trial)

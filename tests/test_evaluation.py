@@ -121,6 +121,28 @@ def test_share_is_the_ratio_on_the_same_prompts():
     assert geometry.share([result(np.zeros(10), np.ones(10))], teacher, 500) == {}  # other prompts
 
 
+def test_students_that_draw_too_little_show_what_was_tried(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "REPORTS", tmp_path)
+    trials = [
+        ("sana", "sid", "base", "", 0.72, 0.9), ("sana", "sid", "base", "distill.steps=600", 0.63, 0.9),
+        ("sana", "sid", "gad", "", 0.1, 0.9), ("sd2", "sid", "base", "", 0.2, 0.9),
+    ]
+    columns = ["backbone", "paradigm", "variant", "settings", "scene", "teacher"]
+    pd.DataFrame(trials, columns=columns).to_csv(tmp_path / "tuning.csv", index=False)
+    rows = [("sana", "SiD", 0.8, 0.9), ("sana", "SiD + GAD", 0.7, 0.8), ("pixart", "LADD", 0.84, 0.86),
+            ("sd2", "SiD", 0.85, 0.9)]
+    long = pd.DataFrame([
+        {"backbone": b, "model": m, "map": "images", "metric": "share", "value": x, "low": x, "high": high}
+        for b, m, x, high in rows
+    ])
+    text = "\n".join(geometry._short(long, params.load()))
+    tried = "as it is: 0.80, steps=600: 0.70"
+    assert text.count(tried) == 2 and "| pixart " in text and "| sd2 " not in text  # GAD's row has its base's
+    (sid, gad, ladd) = [line for line in text.splitlines() if line.startswith(("| sana", "| pixart"))]
+    assert "no " in sid and "yes" in gad and "no " in ladd and ladd.split("|")[-2].strip() == "–"
+    assert geometry._short(long[long["value"] >= 0.85], params.load()) == []
+
+
 def test_noises_of_a_prompt_are_not_prompts():
     rng = np.random.default_rng(0)
     one = result(rng.uniform(0, 1, 96), np.zeros(96))["endpoint"]

@@ -122,6 +122,18 @@ def test_index_that_names_no_pipeline(index, tmp_path):
         load_network(tmp_path)
 
 
+@pytest.mark.parametrize("named", [None, [], ["diffusers"], ["diffusers", "NoNetwork"]])
+def test_index_that_names_no_network(copy, named):
+    index = json.loads((copy / "model_index.json").read_text())
+    if named is None:
+        del index["unet"]
+    else:
+        index["unet"] = named
+    (copy / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"model_index\.json names no class of its part 'unet': restore the folder"):
+        load_network(copy)
+
+
 def test_missing_part(copy):
     shutil.rmtree(copy / "vae")
     refused(copy, "lacks its part 'vae'")

@@ -62,7 +62,9 @@ def load_network(folder: Path) -> nn.Module:
     """The network of a pipeline folder and nothing else of it, in fp32: T5 or Gemma stay on disk. ValueError as of
     `load`."""
     part = BACKBONES[_family_of(_class_of(folder), folder)].part
-    kind = getattr(diffusers, json.loads((folder / "model_index.json").read_text())[part][1])
+    named = json.loads((folder / "model_index.json").read_text()).get(part) or (None, None)
+    if not (kind := getattr(diffusers, str(named[1]), None)):
+        raise ValueError(f"{folder}/model_index.json names no class of its part {part!r}: restore the folder")
     try:
         network = kind.from_pretrained(folder, subfolder=part, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
@@ -132,6 +134,8 @@ def _check(folder: Path) -> str:
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ValueError(f"{folder}/model_index.json has no _class_name: restore the folder")
     for part, origin in index.items():
+        if isinstance(origin, list) and len(origin) != 2:
+            raise ValueError(f"{folder}/model_index.json names no class of its part {part!r}: restore the folder")
         if isinstance(origin, list) and origin[0] and not (folder / part).is_dir():
             raise ValueError(f"{folder} lacks its part {part!r} ({origin[1]}): restore the folder")
     for weights in folder.rglob("*.safetensors"):

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from .. import geometry
@@ -43,11 +44,36 @@ def gad_loss(
     return gad.lam * gad.every * loss.mean()
 
 
+class _Cast:
+    """A network with its weights in `dtype`, as autocast has them, which torch.func.jvp does not bear; gradients reach
+    its own."""
+
+    def __init__(self, network, dtype):
+        self._network, self.dtype = network, dtype
+        self._weights = {k: w.to(dtype) if w.is_floating_point() else w
+                         for k, w in (*network.named_parameters(), *network.named_buffers())}
+
+    def __getattr__(self, name):
+        return getattr(self._network, name)
+
+    def __call__(self, *args, **kwargs):
+        return functional_call(self._network, self._weights, args, kwargs)
+
+
+def _student(paradigm, gad, device):
+    """The student, for exact tangents in the precision it trains in: rounding there is of a tangent's own size, where
+    a difference divides it by h and needs fp32."""
+    if gad.scheme == "exact" and torch.is_autocast_enabled(device.type):
+        return _Cast(paradigm.student, torch.get_autocast_dtype(device.type))
+    return paradigm.student
+
+
 def _map(paradigm, tangents, gad, draws):
     at = tangents[draws.integers(len(tangents), gad.pairs // draws.parts)]
+    student = _student(paradigm, gad, at.z.device)
 
     def endpoint(z):
-        return paradigm.backbone.sample(paradigm.student, z, at.cond, paradigm.steps)
+        return paradigm.backbone.sample(student, z, at.cond, paradigm.steps)
 
     return _output_loss(endpoint, at.z, at.v, at.x0, at.jv, gad)
 
@@ -67,7 +93,8 @@ def _along_the_path(paradigm, tangents, gad, draws):
                         for a in (tangents.states, tangents.responses))
     size = u.flatten(1).square().mean(1).sqrt()  # so that h is per element here too
     u, ju, cond = u / t_like(size, u), ju / t_like(size, u), rows(tangents.cond, n)
-    return lambda y: backbone.x0(paradigm.student, y, t, cond), x, u, x0, ju, t
+    student = _student(paradigm, gad, x.device)
+    return lambda y: backbone.x0(student, y, t, cond), x, u, x0, ju, t
 
 
 def _unrelated(paradigm, tangents, gad, draws):

@@ -1,12 +1,14 @@
 """What the paper's scale costs: a step of base and of GAD at full architecture size, and from it a plan of the grid.
 
-Weights and data are random: a step's time and memory don't depend on what they are.
+Weights and data are random: a step's time and memory don't depend on what they are. Without a GPU nothing is timed:
+operations are counted, by shapes alone.
 """
 
 import gc
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -20,10 +22,10 @@ from ..evaluation import geometry
 from ..paradigms import find
 from ..params import Params
 from ..tables import cell
-from ..tangents import Samples, Tangents
 from ..world import autoencoder, scenes
 from .common import prepare, write_json
 from .cost import _Timed
+from .counting import count, random_data
 
 GRID = ("sd2", "pixart", "sana"), ("ladd", "tdm", "sid"), ("base", "gad")  # the paper's students
 
@@ -45,12 +47,38 @@ SCHEDULES = {
 
 PAGE = """# What the paper's scale costs
 
-Measured: {measured}; precision {precision}{options}; PyTorch {torch}. Base and GAD (`{form}` form) take turns, {blocks}
-blocks each; medians of a step, and of the ratio of neighbouring blocks, with a 95 % bootstrap interval over blocks.
-Images/s counts the base's batch in both. Memory is the peak of the process (CPU) or of what is allocated (GPU).
+{measured}
 
 {rows}
+{counts}
+## Plan
 
+The paper's grid, {grid}.{warning}
+
+{plan}
+
+{hours}
+
+All devices are alike and none is lost between them; where memory is short for a device's share of a batch, it takes
+that in parts (`hardware.accumulate`). Not in it: the probes, exact tangents of `hardware.tangents` noises at once
+beside what is trained. Schedules:
+
+{sources}
+"""
+TIMED = """Measured: {measured}; precision {precision}{options}; PyTorch {torch}. Base and GAD (`{form}` form) take
+turns, {blocks} blocks each; medians of a step, and of the ratio of neighbouring blocks, with a 95 % bootstrap interval
+over blocks. Images/s counts the base's batch in both. Memory is the peak of the process (CPU) or of what is allocated
+(GPU)."""
+COUNTED = """## Operations
+
+Of matrix products, convolutions and attention, forward and backward, for each image of the base's batch, counted at
+full size on PyTorch's meta device: a number that no machine changes. Held: weights, gradients, moments and averages of
+all networks of a run, in fp32, without any activation.
+
+{table}
+
+"""
+TARGETS = """
 ## Before training, once a backbone
 
 Seconds for each sample of the teacher, for paradigms that learn from them, and for each of its paths with exact
@@ -58,17 +86,6 @@ tangents, for GAD; in fp32.
 
 {targets}
 
-## Plan
-
-{scope}
-
-{plan}
-
-Hours follow from the images/s above, `steps × batch / (images/s) / 3600`, on all devices alike and none lost between
-them; where memory is short for a device's share of a batch, it takes that in parts (`hardware.accumulate`). Not in it:
-the probes, exact tangents of `hardware.tangents` noises at once beside what is trained. Schedules:
-
-{sources}
 """
 
 
@@ -81,36 +98,42 @@ def benchmark(
     precision: str | None = None,
     compiled: bool = False,
     checkpointing: bool | None = None,
-    miniature: bool | None = None,
+    miniature: bool = False,
     schedules: dict[str, Schedule] | None = None,
     gpus: int = 8,
+    tflops: tuple[float, float] = (300.0, 40.0),
 ) -> dict:
-    """Time `paradigms` on `backbones`, base and GAD taking turns, and plan the paper's grid by it. Prints a page and
-    writes reports/benchmark.json: {device, torch, precision, compile, …, rows, targets, plan}; returns the same.
+    """Count the operations of `paradigms` on `backbones` at full size; where there is a GPU time them too, base and GAD
+    taking turns; and plan the paper's grid by it. Prints a page, kept in reports/benchmark.md, and writes
+    reports/benchmark.json: {device, torch, precision, compile, …, rows, targets, plan}; returns the same.
 
     `batch`: images a step on this one device (`distill.batch`); GAD's pairs keep their proportion to it. `precision`:
     "no" (fp32) or "bf16" (`distill.precision`); weights are fp32. `compiled`: each block by torch.compile.
-    `checkpointing`: of the trained networks (`hardware.checkpointing`). `miniature`: the pipeline's small networks,
-    not the full ones; without a GPU there are no others. `schedules`: other ones than SCHEDULES, or than that of
-    params.yaml for miniatures, by paradigm. `gpus`: on how many the plan's hours are counted.
+    `checkpointing`: of the trained networks (`hardware.checkpointing`). `miniature`: time the pipeline's small
+    networks, on any machine. `schedules`: other ones than SCHEDULES, or than that of params.yaml for miniatures, by
+    paradigm. `gpus`: on how many the plan's hours are counted; `tflops`: what a device sustains in bf16 and in fp32,
+    10¹² operations a second, by which they are where nothing was timed.
     What does not fit in memory has a row that says so. Raises ValueError for what cannot be measured.
     """
-    miniature = not torch.cuda.is_available() if miniature is None else miniature
     batch = p.distill.batch if batch is None else batch
     precision = p.distill.precision if precision is None else precision
     checkpointing = p.hardware.checkpointing if checkpointing is None else checkpointing
-    _check(p, backbones, paradigms, blocks, batch, precision, miniature, gpus)
+    _check(p, backbones, paradigms, blocks, batch, precision, miniature, gpus, tflops)
     own = {k: Schedule(p.steps(k, "base"), p.distill.batch, "params.yaml") for k in GRID[1]}
     schedules = (own if miniature else SCHEDULES) | (schedules or {})
-    accelerator = prepare(p, precision)
+    timed = miniature or torch.cuda.is_available()
+    accelerator = prepare(p, precision if timed else "no")
     device = accelerator.device
     pairs = max(1, round(p.gad.pairs * batch / p.distill.batch))
     gad = p.gad.model_copy(update={"pairs": pairs})
     rows, targets = [], []
     for name in backbones:
-        model = _fits(lambda name=name: _miniature(name, p, device) if miniature else architectures.build(name, device))
+        model = data = None
         which = p.backbones[_family(name)]
-        data = model and _data(model, which, 4 * max(batch, pairs), p.seeds.world)
+        if timed:
+            make = partial(_miniature, p=p) if miniature else architectures.build
+            model = _fits(partial(make, name, device=device))
+            data = model and random_data(model, which.student_steps, 4 * max(batch, pairs), p.seeds.world)
         if model:
             steps = which.teacher_steps
             found = _targets(model, which, data, batch, p.hardware.tangents)
@@ -118,28 +141,49 @@ def benchmark(
         for paradigm in paradigms:
             row = {"backbone": name, "paradigm": paradigm, "batch": batch, "pairs": pairs}
             row["parameters"] = model and sum(x.numel() for x in model.network.parameters())
-            row |= _row(model, paradigm, which, data, gad, p, batch, blocks, compiled, checkpointing, accelerator)
+            if timed:
+                row |= _row(model, paradigm, which, data, gad, p, batch, blocks, compiled, checkpointing, accelerator)
+                found = row["note"] or f"GAD {row['ratio']:.2f} times the base"
+            else:
+                row |= NOTHING
+            if not miniature:
+                row |= _counted(name, paradigm, p)
+                told = f"{1 + row['operations_gad'] / row['operations_base']:.2f} times the base's operations with GAD"
+                found = f"{found}; {told}" if timed else told
             rows.append(row)
-            found = row["note"] or f"GAD {row['ratio']:.2f} times the base"
             print(f"{name} {paradigm}: {found}", file=sys.stderr, flush=True)
         del model, data
         _free()
     named = torch.cuda.get_device_name() if device.type == "cuda" else f"{p.threads} CPU thread(s)"
-    measured = f"{'miniature' if miniature else 'full size'}, {named}"
+    measured = f"{'miniature' if miniature else 'full size'}, {named if timed else 'operations counted'}"
+    speed = tflops[precision != "bf16"]
     report = {
-        "device": named, "torch": torch.__version__, "precision": accelerator.mixed_precision, "compile": compiled,
-        "checkpointing": checkpointing, "measured": measured, "form": p.gad.form, "blocks": blocks,
-        "rows": rows, "targets": targets, "plan": plan(rows, schedules, gpus, measured),
+        "device": named if timed else None, "torch": torch.__version__, "precision": precision,
+        "compile": compiled, "checkpointing": checkpointing, "measured": measured, "form": p.gad.form,
+        "scheme": p.gad.scheme, "blocks": blocks, "tflops": list(tflops), "rows": rows, "targets": targets,
+        "plan": plan(rows, schedules, gpus, measured, (speed, speed if p.gad.scheme == "exact" else tflops[1])),
         "schedules": {k: asdict(s) for k, s in schedules.items()},
     }
     write_json(paths.REPORTS / "benchmark.json", report)
+    (paths.REPORTS / "benchmark.md").write_text(page(report))
     print(page(report))
     return report
 
 
-def _check(p, backbones, paradigms, blocks, batch, precision, miniature, gpus):
-    if not miniature and not torch.cuda.is_available():
-        raise ValueError("miniature=False needs a GPU, and there is none: leave it out to time the miniatures")
+NOTHING = {f"{key}_{k}": None for k in GRID[2] for key in ("seconds", "images", "memory")}
+NOTHING |= {"ratio": None, "ratio_low": None, "ratio_high": None, "note": ""}
+
+
+def _counted(name, paradigm, p) -> dict:
+    """Operations an image: of a step without GAD, of GAD alone, of GAD by exact tangents. And the bytes held."""
+    terms = {"gad": p.gad, "exact": p.gad.model_copy(update={"scheme": "exact"})}
+    found, n = count(name, paradigm, terms, p, p.distill.batch, 2), p.distill.batch
+    return {"parameters": found.parameters, "held": found.held, "operations_base": found.base / n} | {
+        f"operations_{key}": x / n for key, x in found.terms.items()
+    }
+
+
+def _check(p, backbones, paradigms, blocks, batch, precision, miniature, gpus, tflops):
     known = MINIATURES if miniature else architectures.FULL
     for name in backbones:
         if name not in known:
@@ -156,6 +200,8 @@ def _check(p, backbones, paradigms, blocks, batch, precision, miniature, gpus):
     for key, value, least in (("blocks", blocks, 2), ("batch", batch, 1), ("gpus", gpus, 1)):
         if value < least:
             raise ValueError(f"{key}={value} is too few: use {least} or more")
+    if not all(x > 0 for x in tflops):
+        raise ValueError(f"tflops={tflops}: give what a device sustains in bf16 and in fp32, above 0")
     if p.gad.lam == 0:
         raise ValueError("gad.lam=0 leaves no GAD to time: set a positive weight")
 
@@ -182,13 +228,6 @@ def _free():
 def _miniature(name, p, device) -> Backbone:
     pipeline = MINIATURES[name](autoencoder.build(p.backbones[name].autoencoder), scenes.WORDS)
     return BACKBONES[name](pipeline, name).to(device)
-
-
-def _data(model, which, n, seed) -> tuple[Tangents, Samples]:
-    """Random ones of the shapes that the diagnose stage leaves."""
-    cond = model.encode(scenes.sample(n, seed, "train").captions(), device="cpu")
-    states, responses = torch.randn(2, n, which.student_steps + 1, *model.latent_shape, device=model.device)
-    return Tangents(states, responses, cond), Samples(states[:, 0], states[:, -1], cond)
 
 
 def _targets(model, which, data, batch, size) -> dict:
@@ -219,8 +258,7 @@ def _targets(model, which, data, batch, size) -> dict:
 
 def _row(model, name, which, data, gad, p, batch, blocks, compiled, checkpointing, accelerator) -> dict:
     """Step seconds, images/s and MB of base and GAD, and their ratio; None, and a note, where memory runs out."""
-    row = {f"{key}_{k}": None for k in GRID[2] for key in ("seconds", "images", "memory")}
-    row |= {"ratio": None, "ratio_low": None, "ratio_high": None, "note": "out of memory"}
+    row = NOTHING | {"note": "out of memory"}
     timed = model and _fits(
         lambda: _tasks(model, name, which, data, gad, p, batch, compiled, checkpointing, accelerator)
     )
@@ -263,26 +301,36 @@ def _tasks(model, name, which, data, gad, p, batch, compiled, checkpointing, acc
     return {k: _Timed(task, cycle, accelerator) for k, task in tasks.items()}
 
 
-def plan(rows: list[dict], schedules: dict[str, Schedule], gpus: int, measured: str) -> list[dict]:
-    """Device-hours, hours on `gpus` devices and the MB that were measured on one, of every student of the paper's grid,
-    then of all: from the images/s of `rows`, which were `measured` so. None where there are none."""
+def plan(
+    rows: list[dict], schedules: dict[str, Schedule], gpus: int, measured: str, tflops: tuple[float, float] = (300, 40)
+) -> list[dict]:
+    """Device-hours, hours on `gpus` devices, operations and the MB that were measured on one, of every student of the
+    paper's grid, then of all: from the images/s of `rows`, which were `measured` so, or where there are none from
+    their operations, at `tflops` of the base's and of GAD's. None where there is neither."""
     found = {(row["backbone"], row["paradigm"]): row for row in rows}
     cells = []
     for backbone, paradigm, variant in product(*GRID):
         row, schedule = found.get((backbone, paradigm), {}), schedules[paradigm]
-        rate = row.get(f"images_{variant}")
-        hours = schedule.steps * schedule.batch / rate / 3600 if rate else None
+        rate, images = row.get(f"images_{variant}"), schedule.steps * schedule.batch
+        work = [row.get("operations_base"), row.get("operations_gad") if variant == "gad" else 0]
+        hours = None
+        if rate:
+            hours = images / rate / 3600
+        elif work[0] and not row.get("note"):
+            hours = images * sum(w / (1e12 * speed) for w, speed in zip(work, tflops, strict=True)) / 3600
         cells.append({
             "backbone": backbone, "paradigm": paradigm, "variant": variant,
-            "steps": schedule.steps, "batch": schedule.batch, "device_hours": hours,
-            "gpus": gpus, "hours": hours and hours / gpus, "memory": row.get(f"memory_{variant}"),
-            "measured": measured if rate else "no: out of memory" if row else "no",
+            "steps": schedule.steps, "batch": schedule.batch, "exaflop": work[0] and images * sum(work) / 1e18,
+            "device_hours": hours, "gpus": gpus, "hours": hours and hours / gpus,
+            "memory": row.get(f"memory_{variant}"),
+            "measured": measured if hours else "no: out of memory" if row else "no",
         })
     known = [c for c in cells if c["device_hours"]]
     hours = sum(c["device_hours"] for c in known) if known else None
     total = dict.fromkeys(cells[0]) | {
         "backbone": "all", "device_hours": hours, "gpus": gpus, "hours": hours and hours / gpus,
-        "memory": max((c["memory"] for c in known), default=None),
+        "exaflop": sum(c["exaflop"] or 0 for c in cells) or None,
+        "memory": max((c["memory"] for c in known if c["memory"]), default=None),
         "measured": f"{len(known)} of {len(cells)} students",
     }
     return [*cells, total]
@@ -290,32 +338,54 @@ def plan(rows: list[dict], schedules: dict[str, Schedule], gpus: int, measured: 
 
 def page(report: dict) -> str:
     """The report as Markdown."""
-    rows = [r | {
-        "millions": r["parameters"] and r["parameters"] / 1e6,
-        "ratio": r["ratio"] and cell(r["ratio"], r["ratio_low"], r["ratio_high"], ".2f"),
-    } for r in report["rows"]]
+    rows, counted = report["rows"], any("operations_base" in r for r in report["rows"])
     titles = {"backbone": "backbone", "paradigm": "paradigm"}
-    shown = _table(rows, titles | {
-        "millions": "parameters, M", "batch": "batch", "pairs": "pairs", "seconds_base": "base, s",
-        "seconds_gad": "GAD, s", "ratio": "GAD / base", "images_base": "base, images/s", "images_gad": "GAD, images/s",
-        "memory_base": "base, MB", "memory_gad": "GAD, MB", "note": "",
-    })
-    targets = _table(report["targets"], {
-        "backbone": "backbone", "steps": "steps", "sample": "a sample, s", "tangents": "a path with tangents, s"
-    })
-    cells = _table(report["plan"], titles | {
-        "variant": "variant", "steps": "steps", "batch": "batch", "device_hours": "device-hours",
-        "hours": f"hours on {report['plan'][0]['gpus']}", "memory": f"MB, {report['rows'][0]['batch']} images on one",
-        "measured": "measured",
-    })
-    scope = f"The paper's grid, {' × '.join('{' + ', '.join(x) + '}' for x in GRID)}."
-    if report["measured"].startswith("miniature"):
-        scope += "\n**Nothing was measured at full size**: the hours are those of the miniatures."
-    sources = "\n".join(f"- {k}: {report['schedules'][k]['source']}" for k in GRID[1])
     options = ", compiled" * report["compile"] + ", gradient checkpointing" * report["checkpointing"]
-    return PAGE.format(**report | {
-        "rows": shown, "targets": targets, "plan": cells, "scope": scope, "sources": sources, "options": options,
+    if report["device"]:
+        measured = TIMED.format(**report, options=options)
+        shown = _table([r | {
+            "millions": r["parameters"] and r["parameters"] / 1e6,
+            "ratio": r["ratio"] and cell(r["ratio"], r["ratio_low"], r["ratio_high"], ".2f"),
+        } for r in rows], titles | {
+            "millions": "parameters, M", "batch": "batch", "pairs": "pairs", "seconds_base": "base, s",
+            "seconds_gad": "GAD, s", "ratio": "GAD / base", "images_base": "base, images/s",
+            "images_gad": "GAD, images/s", "memory_base": "base, MB", "memory_gad": "GAD, MB", "note": "",
+        })
+        shown += "\n" + TARGETS.format(targets=_table(report["targets"], {
+            "backbone": "backbone", "steps": "steps", "sample": "a sample, s", "tangents": "a path with tangents, s"
+        }))
+        hours = "Hours follow from the images/s above, `steps × batch / (images/s) / 3600`."
+    else:
+        measured, shown = "**Nothing was timed**: there is no GPU.", ""
+        (high, low), told = report["tflops"], "bf16" if report["precision"] == "bf16" else "fp32"
+        hours = (
+            f"Hours are by **assumed** speeds (`--tflops`): {high:g} TFLOP/s in bf16, {low:g} in fp32. Precision: "
+            f"{told}; `gad.scheme: {report['scheme']}`. A difference is in fp32 whatever the precision, dividing "
+            "rounding by h: beside a base in bf16 its share of time exceeds that of operations. Exact tangents are in "
+            "the base's precision."
+        )
+    counts = _table([r | {
+        "millions": r["parameters"] / 1e6, "base": r["operations_base"] / 1e12, "held": r["held"] / 2**30,
+        **{key: f"{1 + r[f'operations_{key}'] / r['operations_base']:.2f}" for key in ("gad", "exact")},
+    } for r in rows], titles | {
+        "millions": "parameters, M", "base": "base, TFLOP", "gad": f"GAD, {report['scheme']} / base",
+        "exact": "GAD, exact / base", "held": "held, GiB",
+    }) if counted else ""
+    gpus, timed = report["plan"][0]["gpus"], report["device"] is not None
+    cells = _table(report["plan"], titles | {
+        "variant": "variant", "steps": "steps", "batch": "batch",
+        **({"exaflop": "10¹⁸ operations"} if counted else {}),
+        "device_hours": "device-hours", "hours": f"hours on {gpus}",
+        **({"memory": f"MB, {rows[0]['batch']} images on one", "measured": "measured"} if timed else {}),
     })
+    warning = ""
+    if report["measured"].startswith("miniature"):
+        warning = "\n**Nothing was measured at full size**: the hours are those of the miniatures."
+    return PAGE.format(
+        measured=measured, rows=shown, counts=COUNTED.format(table=counts) if counted else "",
+        grid=" × ".join("{" + ", ".join(x) + "}" for x in GRID), warning=warning, plan=cells, hours=hours,
+        sources="\n".join(f"- {k}: {report['schedules'][k]['source']}" for k in GRID[1]),
+    )
 
 
 def _table(records, titles):

@@ -9,8 +9,6 @@ import time
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from .. import paths
 from ..distill import Distillation
@@ -20,6 +18,7 @@ from ..params import Params
 from ..tables import cell
 from ..training import update
 from .common import materials, prepare, write_csv
+from .counting import Operations
 
 NOTE = """# What a step costs
 
@@ -57,7 +56,7 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
         timed = {k: _Timed(task, cycle, accelerator) for k, task in tasks.items()}
         operations = {}
         for k in timed:  # warm up
-            with _Operations() as counted:
+            with Operations() as counted:
                 timed[k]()
             operations[k] = counted.total / cycle
         seconds = pd.DataFrame([{k: timed[k]() for k in timed} for _ in range(blocks)])
@@ -76,19 +75,6 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
         gc.collect()
     _write(pd.DataFrame(rows), p, backbone, blocks, accelerator.device)
     return rows
-
-
-class _Operations(TorchDispatchMode):
-    """`total`: operations of all that is called within, forward and backward (FlopCounterMode's own count, without its
-    breakdown by module, which R1's gradient of a gradient does not bear)."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if count := flop_registry.get(func._overloadpacket):
-            self.total += count(*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 class _Timed:

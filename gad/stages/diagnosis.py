@@ -1,18 +1,31 @@
 """What a student could learn of its teacher, and what a measurement can see."""
 
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 
 from .. import paths
 from ..evaluation import geometry, precision
+from ..geometry import jvp
 from ..params import Params
 from ..tangents import Paths, Samples, Tangents
+from ..training import identity_key
 from ..worlds import world_of
-from .common import placed, prepare, write_csv, write_json
+from .common import fingerprint, placed, prepare, write_csv, write_json
 
 
 def diagnose(backbone: str, p: Params) -> dict:
     """The teacher's endpoints and exact tangents at training and test noises, what a student can and can't
-    reach (floors), and what finite differences report in each precision."""
+    reach (floors), and what finite differences report in each precision.
+
+    Tangents, which take nearly all of the time, are shared by the processes of `accelerate launch`, and an interrupted
+    run goes on with those it has."""
     which, e, seed = p.backbones[backbone], p.evaluation, p.seeds.world
     accelerator, world = prepare(p), world_of(backbone, p)
     teacher = placed(accelerator.device, backbone, p)
@@ -25,15 +38,28 @@ def diagnose(backbone: str, p: Params) -> dict:
             lambda c: geometry.endpoint(teacher, teacher.network, c, steps, cfg), z, v, cond, batch, backbone
         )
 
+    weights = fingerprint(teacher)
+
     def save(path, prompts, seeds, times, batch=p.hardware.tangents, dtype=torch.float32):
         """The teacher's path, and how it turns with the noise, at the first and last of `times` and between."""
         z, v, cond = Tangents.inputs(teacher, prompts, seeds)
-        found = geometry.tangents(
-            lambda c: lambda z: teacher.path(teacher.network, z, c, which.teacher_steps, which.cfg, times),
-            z, v, cond, batch, backbone,
-        )
-        Tangents(*found, cond).save(path, prompts, seeds, dtype)
-        return Tangents.load(path, teacher)
+
+        @torch.no_grad()
+        def part(j):
+            c = cond[j].to(z.device)
+            states, responses = jvp(
+                lambda z: teacher.path(teacher.network, z, c, which.teacher_steps, which.cfg, times), z[j], v[j]
+            )
+            return {"states": states, "responses": responses}
+
+        own = [weights, which.model_dump(), prompts, seeds, times.tolist(), batch, p.threads]
+        work = paths.resume(f"diagnose-{backbone}-{path.stem}-{identity_key(own)[:8]}")
+        found = in_parts(part, len(z), batch, work, accelerator)
+        if found:
+            Tangents(found["states"].to(z.device), found["responses"].to(z.device), cond).save(
+                path, prompts, seeds, dtype
+            )
+            shutil.rmtree(work)
 
     times = teacher.times(which.student_steps)
     ends = times[[0, -1]]
@@ -43,12 +69,15 @@ def diagnose(backbone: str, p: Params) -> dict:
     save(endpoints / "train.safetensors", prompts, (seed + 6, seed + 7), times, dtype=torch.float16)
     prompts = world.prompts(n.probes, seed + 9, "test")
     save(endpoints / "probe.safetensors", prompts, (seed + 9, seed + 10), ends)
+    prompts = [c for c in world.prompts(e.prompts, seed + 14, "test") for _ in range(e.noises)]
+    save(folder / "test.safetensors", prompts, (seed + 14, seed + 15), ends, e.batch)
+    if not accelerator.is_main_process:
+        return {}
     prompts = world.prompts(n.samples, seed + 11)
     path = endpoints / "samples.safetensors"
     Samples.make(path, teacher, prompts, seed + 11, which.teacher_steps, which.cfg, e.drawn)
-    prompts = [c for c in world.prompts(e.prompts, seed + 14, "test") for _ in range(e.noises)]
-    test = save(folder / "test.safetensors", prompts, (seed + 14, seed + 15), ends, e.batch)
     _unseen(teacher, world, times, which, e, seed + 16, folder / "unseen.safetensors")
+    test = Tangents.load(folder / "test.safetensors", teacher)
     other = {
         "teacher, CFG + 1": (which.teacher_steps, which.cfg + 1),
         "teacher, half the steps": (which.teacher_steps // 2, which.cfg),
@@ -66,6 +95,32 @@ def diagnose(backbone: str, p: Params) -> dict:
     write_csv(folder / "published.csv", precision.known_students(teacher, test[slice(0, 16)], seed, size))
     shown = {k: geometry.SUMMARY[k] for k in ("cos", "ratio", "relative")}
     return {name: {k: float(summary(r[k])) for k, summary in shown.items()} for name, r in floors.items()}
+
+
+def in_parts(
+    make: Callable[[slice], dict[str, torch.Tensor]], n: int, batch: int, work: Path, accelerator
+) -> dict[str, torch.Tensor] | None:
+    """`make` of all of range(n), `batch` at a time, as one; None on processes beside the main one. Each makes its share
+    of the parts and leaves them in `work`, where a later call finds them."""
+    work.mkdir(parents=True, exist_ok=True)
+    parts = {work / f"{i}.safetensors": slice(i, i + batch) for i in range(0, n, batch)}
+    mine = [*parts][accelerator.process_index::accelerator.num_processes]
+    todo = [file for file in mine if not file.exists()]
+    began = told = time.monotonic()
+    for k, file in enumerate(todo):
+        made = {name: x.cpu().contiguous() for name, x in make(parts[file]).items()}
+        partial = file.with_suffix(f".part{accelerator.process_index}")
+        save_file(made, partial)
+        os.replace(partial, file)  # whole or not there
+        if accelerator.is_main_process and time.monotonic() - told > 30:
+            told = time.monotonic()
+            eta = (told - began) / (k + 1) * (len(todo) - k - 1)
+            print(f"{work.name}: step {k + 1}/{len(todo)}, {eta / 60:.1f} min to go", file=sys.stderr, flush=True)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return None
+    found = [load_file(file) for file in parts]
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
 def _unseen(teacher, world, times, which, e, seed, path):

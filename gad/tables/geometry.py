@@ -127,19 +127,36 @@ def difference(base: list[dict], gad: list[dict], n: int, noises: int) -> dict[s
     return out
 
 
-def _short(long: pd.DataFrame) -> list[str]:
-    """The section on students that draw fewer of their teacher's scenes than a usable one."""
+def _short(long: pd.DataFrame, p: Params) -> list[str]:
+    """The section on students that draw fewer of their teacher's scenes than a usable one, and what was tried of it."""
     part = long[(long["map"] == "images") & (long["metric"] == "share") & (long["value"] < USABLE)]
     if not len(part):
         return []
+    runs = {(run.backbone, label(run)): run for run in p.runs()}
     shown = pivot(part, "metric").rename(columns=COLUMNS)
     shown["whole interval below"] = np.where(part["high"] < USABLE, "yes", "no")
+    shown["its base in trials"] = [
+        _tried(runs.get((b, m.removesuffix(HYBRID)))) for b, m in zip(part["backbone"], part["model"], strict=True)
+    ]
     return [
         f"## Students that draw less than {USABLE:.0%} of their teacher's scenes",
-        f"At {USABLE:.0%} a student counts as usable. What longer training and other rates give is in "
-        "`reports/tuning.md`.",
+        f"At {USABLE:.0%} a student counts as usable. In the last column the same share in trials of its paradigm "
+        "without GAD, as it is and at other settings, on other prompts and noises (`reports/tuning.md`): whether it is "
+        "for want of steps or of another rate that these students fall short.",
         shown.to_markdown(index=False),
     ]
+
+
+def _tried(run: Run | None) -> str:
+    """Each trial of a run's backbone and paradigm without GAD: its settings, and the share of its teacher's scenes."""
+    path = paths.REPORTS / "tuning.csv"
+    if run is None or not path.exists():
+        return "–"
+    of = pd.read_csv(path, keep_default_na=False)
+    of = of[(of["backbone"] == run.backbone) & (of["paradigm"] == run.paradigm) & (of["variant"] == "base")]
+    found = of["scene"] / of["teacher"]
+    told = of["settings"].str.split(".").str[-1].where(of["settings"] != "", "as it is")
+    return ", ".join(f"{what}: {x:.2f}" for what, x in zip(told, found, strict=True)) or "–"
 
 
 def wide(long: pd.DataFrame, maps: list[str], metrics: list[str]) -> pd.DataFrame:
@@ -186,7 +203,7 @@ def write(p: Params) -> pd.DataFrame:
         wide(long, ["endpoint", "images"], [*geometry, "value_mean", *QUALITY]).to_markdown(index=False),
         "## Differences, paired",
         wide(long, ["difference"], [*DIFFERENCES, *QUALITY]).to_markdown(index=False),
-        *_short(long),
+        *_short(long, p),
         "## Local map x_t → x̂0", wide(long, levels, geometry).to_markdown(index=False),
         "## The paper's Table 1 (PixArt-α at full size; not comparable in scale)", PAPER.to_markdown(index=False),
     ]
