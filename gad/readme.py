@@ -19,11 +19,13 @@ def shown() -> dict[str, str]:
 
 
 def _with_a_number(table: str) -> str:
-    """The rows of claims for which the paper has a case of its own; all, where the grid has none of those."""
-    head, line, *rows = table.splitlines()
-    own = [name.strip() for name in head.split("|")].index(OWN)
-    kept = [row for row in rows if row.split("|")[own].strip() != "–"]
-    return "\n".join([head, line, *(kept or rows)]) + "\n"
+    """The rows of claims for which the paper has a case of its own; all, where the grid has none of those. Without
+    columns in which nothing is left."""
+    head, line, *rows = (row.strip("|").split("|") for row in table.splitlines())
+    own = [name.strip() for name in head].index(OWN)
+    kept = [row for row in rows if row[own].strip() != "–"] or rows
+    columns = [i for i in range(len(head)) if any(row[i].strip() != "–" for row in kept)]
+    return "".join(f"|{'|'.join(row[i] for i in columns)}|\n" for row in (head, line, *kept))
 
 
 def fill(path: Path):
