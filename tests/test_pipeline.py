@@ -162,7 +162,8 @@ def test_a_notebook_that_was_run_in_place_is_named(command, own_place, monkeypat
 @pytest.fixture
 def here(own_place, monkeypatch):
     """A repository of few files, with another grid and a checkpoint of others."""
-    for name in ("gad/geometry.py", "notebooks/05_tables.ipynb", "dvc.yaml", ".dvcignore", "CITATION.cff", graph.TRIALS):
+    files = ("gad/geometry.py", "notebooks/05_tables.ipynb", "dvc.yaml", ".dvcignore", "CITATION.cff", graph.TRIALS)
+    for name in files:
         (own_place / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, own_place / name)
     (own_place / "dvc.lock").touch()
