@@ -123,6 +123,7 @@ def benchmark(
     schedules = (own if miniature else SCHEDULES) | (schedules or {})
     timed = miniature or torch.cuda.is_available()
     accelerator = prepare(p, precision if timed else "no")
+    precision = accelerator.mixed_precision if timed else precision  # a CPU without bf16 takes fp32
     device = accelerator.device
     pairs = max(1, round(p.gad.pairs * batch / p.distill.batch))
     gad = p.gad.model_copy(update={"pairs": pairs})
