@@ -25,7 +25,8 @@ TRIALS = "reports/tuning.csv"  # made by hand, trial by trial, and read by the t
 SCRATCH = ("__pycache__", ".ipynb_checkpoints")
 ALONE = {  # no blocks beside the grid
     "baselines": {"paradigms": []}, "controls": {"variants": []}, "maps": {"variants": []},
-    "rates": {"variants": []}, "baseline_maps": {"variants": []}, "replicas": {"seeds": []},
+    "rates": {"variants": []}, "lengths": {"variants": []}, "baseline_maps": {"variants": []},
+    "replicas": {"seeds": []},
 }
 FRESH = {
     None: (),

@@ -162,13 +162,14 @@ class Further(_Section):
     controls: Block
     maps: Block
     rates: Block
+    lengths: Block
     baseline_maps: Block
     replicas: Replicas
 
     @property
     def controlled(self) -> list["Block"]:
         """The blocks whose variants are `controls`."""
-        return [self.controls, self.maps, self.rates, self.baseline_maps]
+        return [self.controls, self.maps, self.rates, self.lengths, self.baseline_maps]
 
 
 class BackboneParams(_Section):

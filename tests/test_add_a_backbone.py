@@ -76,6 +76,18 @@ def test_its_stages_are_its_column(made):
     assert set(made["stages"]) == column | {f"{s}@{r}" for s in ("distill", "evaluate", "chain", "use") for r in runs}
 
 
+def test_the_smoke_run_makes_its_column(made, copy):
+    """The whole graph at its smallest, as the guide's last command has it: nothing of the pipeline knows the name."""
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    command = [sys.executable, "-m", "gad.pipeline", "smoke"]
+    ran = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    column = [s for s in made["stages"] if "@lumina2-" not in s or "@lumina2-tdm" in s]
+    for stage in (*column, "tables", "figures", "page"):
+        assert f"] {stage}: done" in ran.stdout, stage
+    assert ran.stdout.rstrip().endswith("everything is up to date")
+
+
 def test_a_step_of_gad_moves_what_it_trains(made):
     frozen = {"teacher", "text encoder", "autoencoder"}
     for name, other in (("tdm", "fake"), ("ladd", "discriminator")):

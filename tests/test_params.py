@@ -241,6 +241,7 @@ def test_blocks_beside_the_grid_make_runs_with_terms_and_steps_of_their_own():
         "further.baselines": {"backbones": ["sd2"], "paradigms": ["dmd"], "variants": ["base"]},
         "further.maps.paradigms": [],
         "further.rates.paradigms": [],
+        "further.lengths.paradigms": [],
         "further.baseline_maps.paradigms": [],
         "further.controls": {"backbones": ["sana"], "paradigms": ["tdm"], "variants": ["rkd", "longer"]},
         "paradigms.dmd": DATA["paradigms"]["dmd"] | {"steps": 60},

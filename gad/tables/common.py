@@ -14,7 +14,7 @@ VARIANTS = {
     "base": "", "gad": " + GAD", "map": " + GAD, map form", "every4": " + GAD each 4th step",
     "unrelated": " + unrelated tangents", "augmentation": " + noise augmentation", "rkd": " + RKD",
     "similarity": " + SP", "longer": ", longer", "slower": ", half the rate",
-    "slower_gad": " + GAD, half the rate",
+    "slower_gad": " + GAD, half the rate", "thrice": ", 3 × the steps", "thrice_gad": " + GAD, 3 × the steps",
 }
 HYBRID = ", first step by the teacher"
 
