@@ -226,10 +226,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{run}")
-image = pipe("{prompt}", num_inference_steps={steps}, guidance_scale=1.0{extra}).images[0]
+image = pipe("{prompt}", {call}{extra}).images[0]
 ```
 
-The image is a function of the prompt and the initial noise alone. `gad.json` holds the method, h, λ and the seed.
+{drawn} `gad.json` holds the method, h, λ and the seed.
 {scale}
 """
 
@@ -247,14 +247,15 @@ def save_student(run: Run, p: Params, backbone: Backbone, student, folder: Path)
         for part in (pipeline, *pipeline.components.values()):
             if hasattr(part, "register_to_config"):
                 part.register_to_config(_name_or_path=run.backbone)  # not the path it was loaded from
-        pipeline.save_pretrained(folder)
+        saved, call = backbone.as_saved(student, steps)
+        saved.save_pretrained(folder)
     finally:
         pipeline.register_modules(**{backbone.part: teacher}, scheduler=scheduler)
     gad = p.term(run.variant)
     published = p.published.get(str(run))
     info = {
         "backbone": run.backbone, "paradigm": run.paradigm, "variant": run.variant, "seed": run.seed,
-        "steps": steps, "guidance_scale": 1.0,
+        "steps": steps, "guidance_scale": call["guidance_scale"],
         "gad": gad.model_dump() if gad else None,
         "training": {"published": published.model_dump()} if published else {
             "distill": p.distill.identity | {"steps": p.steps(run.paradigm, run.variant)},
@@ -273,7 +274,11 @@ def save_student(run: Run, p: Params, backbone: Backbone, student, folder: Path)
         what = f"Published: the network of {named}, to be sampled in {steps} step{'s' if steps > 1 else ''}."
     mini = which.world == "mini"
     card = CARD.format(
-        run=run, what=what, steps=steps, extra=backbone.call_hint if mini else "",
+        run=run, what=what, call=", ".join(f"{k}={v}" for k, v in call.items()),
+        extra=backbone.call_hint if mini else "",
+        drawn="The image is a function of the prompt and the initial noise alone."
+        if steps == 1 or saved is pipeline else
+        "Between steps this pipeline draws new noises; the report's samples, a function of the first alone, have none.",
         terms="license: mit" if mini else f"base_model: {source}",  # whose licence is the student's too
         prompt="a red circle and a blue square" if mini else "a photograph of an astronaut riding a horse",
         scale="It draws a miniature world of 64 × 64 scenes; it is no model of photographs." if mini else "",

@@ -23,12 +23,10 @@ TF32 = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cu
 def direction(x: Tensor, kind: str = "gaussian", generator: torch.Generator | None = None) -> Tensor:
     """A random direction `v` with the shape of `x` (B, *dims), in fp32 at least.
 
-    "gaussian" and "rademacher" have `E[v vᵀ] = I` (Hutchinson); "sphere" has unit L2 norm per sample.
-    """
+    "gaussian" and "rademacher" have `E[v vᵀ] = I` (Hutchinson); "sphere" has unit L2 norm per sample."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if kind == "rademacher":
-        bits = torch.randint(0, 2, x.shape, generator=generator, device=x.device)
-        return bits.to(dtype) * 2 - 1
+        return torch.randint(0, 2, x.shape, generator=generator, device=x.device).to(dtype) * 2 - 1
     if kind not in ("gaussian", "sphere"):
         raise ValueError(f"kind={kind!r} is unknown: use 'gaussian', 'rademacher' or 'sphere'")
     v = torch.randn(x.shape, generator=generator, device=x.device, dtype=dtype)
@@ -50,15 +48,17 @@ def jvp(f: Map, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             ) from error
 
 
-def response(
-    f: Map, x: Tensor, v: Tensor, h: float, scheme: str = "forward", base: Tensor | None = None
-) -> Tensor:
+def response(f: Map, x: Tensor, v: Tensor, h: float, scheme: str = "forward", base: Tensor | None = None) -> Tensor:
     """Estimate of `J_f(x) v`, (B, *dims of f).
 
     "forward" has error O(h) and uses `base = f(x)` when the caller has it (computed with autocast off);
-    "central" has error O(h²); "exact" is `jvp`. Gradients flow through `f`.
-    """
-    x, v = _check(x, v)
+    "central" has error O(h²); "exact" is `jvp`. Gradients flow through `f`."""
+    return _response(f, x, v, h, scheme, base, "f", "x", "base")
+
+
+def _response(f, x, v, h, scheme, base, of: str, at: str, given: str):
+    """`response`, and what the caller calls `f`, `x` and `base`."""
+    x, v = _check(x, v, at)
     if not (isinstance(h, (int, float)) and math.isfinite(h) and h > 0):
         raise ValueError(f"h={h!r} must be a positive finite number")
     if scheme not in ("forward", "central", "exact"):
@@ -69,31 +69,22 @@ def response(
         ahead = _wide(f(x + h * v))
         behind = f(x - h * v) if scheme == "central" else f(x) if base is None else base
         if behind.shape != ahead.shape:
-            raise ValueError(f"base has shape {tuple(behind.shape)}, f returns {tuple(ahead.shape)}")
-        if not torch.isfinite(behind).all():
-            raise ValueError(f"{'f(x)' if base is None else 'base'} has values that are not finite")
+            raise ValueError(f"{given} has shape {tuple(behind.shape)}, {of} returns {tuple(ahead.shape)}")
+        _finite(behind, given if scheme == "forward" and base is not None else f"{of}({at})")
         return (ahead - _wide(behind)) / (2 * h if scheme == "central" else h)
 
 
 def output_loss(
-    student: Map,
-    teacher: Map,
-    x: Tensor,
-    v: Tensor,
-    h: float,
-    scheme: str = "forward",
-    student_base: Tensor | None = None,
-    teacher_base: Tensor | None = None,
-    normalise: bool = False,
+    student: Map, teacher: Map, x: Tensor, v: Tensor, h: float, scheme: str = "forward",
+    student_base: Tensor | None = None, teacher_base: Tensor | None = None, normalise: bool = False,
 ) -> Tensor:
     """GAD by output matching (paper, L_GAD): per-sample mean of `(J_S v − J_T v)²`, shape (B,).
 
     Over Gaussian `v` its mean is `‖J_S − J_T‖_F² / m` with `m` output elements. No gradient flows to the
-    teacher. `normalise` divides by the teacher's mean `(J_T v)²`.
-    """
+    teacher. `normalise` divides by the teacher's mean `(J_T v)²`."""
     with torch.no_grad():
-        target = response(teacher, x, v, h, scheme, teacher_base)
-    own = response(student, x, v, h, scheme, student_base)
+        target = _response(teacher, x, v, h, scheme, teacher_base, "teacher", "x", "teacher_base")
+    own = _response(student, x, v, h, scheme, student_base, "student", "x", "student_base")
     _same(own, target, "student", "teacher")
     loss = (own - target).square().flatten(1).mean(1)
     return loss / target.square().flatten(1).mean(1) if normalise else loss
@@ -101,21 +92,14 @@ def output_loss(
 
 @torch.no_grad()
 def score_gradient(
-    fake: Map,
-    real: Map,
-    x_t: Tensor,
-    v: Tensor,
-    h: float,
-    scheme: str = "forward",
-    fake_base: Tensor | None = None,
-    real_base: Tensor | None = None,
+    fake: Map, real: Map, x_t: Tensor, v: Tensor, h: float, scheme: str = "forward",
+    fake_base: Tensor | None = None, real_base: Tensor | None = None,
 ) -> Tensor:
     """GAD for score-based paradigms (paper, ∇_θ L_GAD): `J_fake v − J_real v`, no gradient.
 
-    `fake` and `real` are scores or x̂0-predictions; for noise predictions the sign is the opposite.
-    """
-    j_fake = response(fake, x_t, v, h, scheme, fake_base)
-    j_real = response(real, x_t, v, h, scheme, real_base)
+    `fake` and `real` are scores or x̂0-predictions; for noise predictions the sign is the opposite."""
+    j_fake = _response(fake, x_t, v, h, scheme, fake_base, "fake", "x_t", "fake_base")
+    j_real = _response(real, x_t, v, h, scheme, real_base, "real", "x_t", "real_base")
     _same(j_fake, j_real, "fake", "real")
     return j_fake - j_real
 
@@ -123,8 +107,7 @@ def score_gradient(
 def surrogate(x: Tensor, gradient: Tensor) -> Tensor:
     """A loss (B,) whose gradient with respect to `x` is `gradient`."""
     _same(gradient, x, "gradient", "x")
-    if not torch.isfinite(gradient).all():
-        raise ValueError("gradient has values that are not finite")
+    _finite(gradient, "gradient")
     return (_wide(x) * gradient.detach()).flatten(1).sum(1)
 
 
@@ -151,10 +134,13 @@ def _precise(x: Tensor):
             kind.fp32_precision = precision
 
 
-def _check(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    _same(v, x, "v", "x")
-    for name, value in (("x", x), ("v", v)):
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{name} has values that are not finite")
-    x = _wide(x)
-    return x, v.to(x.dtype)
+def _finite(value: Tensor, name: str):
+    if not torch.isfinite(value).all():
+        raise ValueError(f"{name} has values that are not finite")
+
+
+def _check(x: Tensor, v: Tensor, name: str = "x") -> tuple[Tensor, Tensor]:
+    _same(v, x, "v", name)
+    _finite(x, name)
+    _finite(v, "v")
+    return (x := _wide(x)), v.to(x.dtype)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build, perturb
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler, PNDMScheduler
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 
@@ -98,6 +98,7 @@ def test_sample_of_a_v_prediction_model(prompts, z):
     [
         ("sd2", lambda: PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)),
         ("pixart", lambda: DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)),
+        ("pixart", lambda: LCMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")),
         (
             "sana",
             lambda: DPMSolverMultistepScheduler(
@@ -105,7 +106,7 @@ def test_sample_of_a_v_prediction_model(prompts, z):
             ),
         ),
     ],
-    ids=["sd2", "pixart", "sana"],
+    ids=["sd2", "pixart", "pixart-lcm", "sana"],
 )
 def test_the_schedulers_on_the_hub_give_the_same_levels(mini, name, scheduler):
     """The published pipelines come with other samplers of the same noise levels."""

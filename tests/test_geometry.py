@@ -306,10 +306,19 @@ def test_bad_arguments_are_named_elsewhere():
         jvp(torch.sin, x, x[:1])
     with pytest.raises(ValueError, match=r"^h="):
         output_loss(torch.sin, torch.cos, x, x, 0.0)
-    with pytest.raises(ValueError, match="base"):
-        output_loss(torch.sin, torch.cos, x, x, 0.1, teacher_base=x[:1])
-    with pytest.raises(ValueError, match="base"):
-        score_gradient(torch.sin, torch.cos, x, x, 0.1, fake_base=x[:1])
+    for wrong, said in ((x[:1], r"has shape \(1, 3\), {} returns \(2, 3\)"), (nan, "has values that are not finite")):
+        for name in ("student", "teacher"):
+            with pytest.raises(ValueError, match=f"^{name}_base {said.format(name)}"):
+                output_loss(torch.sin, torch.cos, x, x, 0.1, **{f"{name}_base": wrong})
+        for name in ("fake", "real"):
+            with pytest.raises(ValueError, match=f"^{name}_base {said.format(name)}"):
+                score_gradient(torch.sin, torch.cos, x, x, 0.1, **{f"{name}_base": wrong})
+    with pytest.raises(ValueError, match=r"^teacher\(x\) has values that are not finite"):
+        output_loss(torch.sin, lambda y: y / 0, x, x, 0.1)
+    with pytest.raises(ValueError, match=r"^v has shape \(1, 3\), x_t has"):
+        score_gradient(torch.sin, torch.cos, x, x[:1], 0.1)
+    with pytest.raises(ValueError, match=r"^x_t has values"):
+        score_gradient(torch.sin, torch.cos, nan, x, 0.1)
     with pytest.raises(ValueError, match=r"^v "):
         score_gradient(torch.sin, torch.cos, x, nan, 0.1)
     with pytest.raises(ValueError, match=r"^gradient "):

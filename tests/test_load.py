@@ -205,12 +205,12 @@ def test_what_is_no_lora_is_named(mini, tmp_path):
     assert isinstance(mini("sd2").network, type(mini("sd2").pipeline.unet))
 
 
-def published(tmp_path, monkeypatch, mini, **entry):
-    """Parameters with one published row of sd2, whose teacher is the miniature; its students go to tmp_path."""
+def published(tmp_path, monkeypatch, mini, backbone="sd2", **entry):
+    """Parameters with one published row of a backbone, whose teacher is the miniature; its students go to tmp_path."""
     monkeypatch.setattr(paths, "DATA", tmp_path / "data")
-    mini("sd2").pipeline.save_pretrained(paths.teacher("sd2"))
+    mini(backbone).pipeline.save_pretrained(paths.teacher(backbone))
     data = params.load().model_dump()
-    data["published"] = {"sd2-own-base-0": {"backbone": "sd2", "paradigm": "own", **entry}}
+    data["published"] = {f"{backbone}-own-base-0": {"backbone": backbone, "paradigm": "own", **entry}}
     return params.validate(data)
 
 

@@ -97,7 +97,7 @@ def test_prompts_are_enough():
 
 
 def test_rows_of_others_are_right_as_they_stand():
-    assert {row["paradigm"] for row in ROWS.values()} == {"turbo", "tcdlora"}
+    assert {row["paradigm"] for row in ROWS.values()} == {"turbo", "tcdlora", "lcm", "sprint"}
     p = params.validate(DATA | {"published": ROWS})
     assert [str(run) for run in p.runs() if str(run) not in map(str, STUDENTS)] == [*ROWS]
 

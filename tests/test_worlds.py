@@ -16,6 +16,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from test_experts import dinov2, openclip, pickscore, rt_detr
 from test_formats import sana as instructed_sana
+from test_sprint import sprint_of
 
 from gad import params, paths
 from gad.graph import ALONE, sandbox
@@ -58,14 +59,15 @@ def photographs(folder):
 
 
 def given(folder):
-    """Parameters of backbones that are there already, judged as photographs are; and a LoRA on the first."""
+    """Parameters of backbones that are there already, judged as photographs are; a LoRA on the first, SANA-Sprint."""
     backbones = {
         name: {**SMOKE["backbones"][name], "world": "coco", "path": str(folder / name), "pretrain": {}}
         for name in PIPELINES
     }
     lora = {"backbone": "sd2", "paradigm": "lora", "lora": str(folder / "lora")}
+    sprint = {"backbone": "sana", "paradigm": "sprint", "path": str(folder / "sprint")}
     return {
-        **SMOKE, "published": {"sd2-lora-base-0": lora},
+        **SMOKE, "published": {"sd2-lora-base-0": lora, "sana-sprint-base-0": sprint},
         "grid": {"backbones": [*PIPELINES], "paradigms": ["tdm"], "variants": ["gad"]},
         "further": {**ALONE, "baselines": {"backbones": ["sana"], "paradigms": ["tdm"], "variants": ["base"]}},
         "backbones": backbones,
@@ -84,13 +86,15 @@ PIPELINES = {"sd2": v_prediction, "pixart": lambda: build("pixart"), "sana": ins
 @pytest.mark.slow
 @pytest.mark.pipeline
 def test_given_pipelines_go_all_the_way_on_photographs(tmp_path):
-    """The whole graph: v-prediction, a learned sigma and an instruction; every table, and a LoRA as a row of them."""
+    """The whole graph: v-prediction, learned sigma, an instruction; every table, LoRA and SANA-Sprint as rows."""
     for kind, make in JUDGES.items():
         (tmp_path / kind).mkdir()
         make(tmp_path / kind)
     for name, make in PIPELINES.items():
         made = make()
         made.pipeline.save_pretrained(tmp_path / name)
+        if name == "sana":
+            sprint_of(made).save_pretrained(tmp_path / "sprint")
         if name == "sd2":
             made.network.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
             StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(made.network))
@@ -109,7 +113,7 @@ def test_given_pipelines_go_all_the_way_on_photographs(tmp_path):
     for name, table in tables.items():
         models = table.groupby("backbone")["model"].agg(set)
         assert set(models.index) == set(PIPELINES) and all("TDM + GAD" in found for found in models), name
-        assert "TDM" in models["sana"] and "LORA" in models["sd2"], name
+        assert models["sana"] >= {"TDM", "SPRINT"} and "LORA" in models["sd2"], name
         assert table["value"].notna().all(), name
     metrics = {name: set(table["metric"]) for name, table in tables.items()}
     assert {"pickscore", "openclip", "cos"} <= metrics["table1"] and "scene" not in metrics["table1"]

@@ -47,14 +47,15 @@ def load(name_or_path: str | Path, params=None, revision: str | None = None) -> 
     class_name = _class_of(path, options.get("revision"))
     family = family or _family_of(class_name, path)
     cls = BACKBONES[family]
-    if class_name != cls.pipeline_class.__name__:
+    kinds = {kind.__name__: kind for kind in (cls.pipeline_class, *(() if entry else cls.others))}
+    if class_name not in kinds:
         raise ValueError(f"{path} is a {class_name}: backbone {family!r} needs a {cls.pipeline_class.__name__}")
     try:
-        pipeline = cls.pipeline_class.from_pretrained(
+        pipeline = kinds[class_name].from_pretrained(
             path, use_safetensors=True, local_files_only=Path(path).is_dir(), **options
         )
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        raise _unloadable(path, cls.pipeline_class.__name__, error) from None
+        raise _unloadable(path, class_name, error) from None
     return cls(pipeline, str(name_or_path) if entry else family)
 
 
@@ -107,7 +108,7 @@ def _class_of(path: Path | str, revision: str | None = None) -> str:
 
 
 def _family_of(class_name: str, path) -> str:
-    known = {cls.pipeline_class.__name__: name for name, cls in BACKBONES.items()}
+    known = {kind.__name__: name for name, cls in BACKBONES.items() for kind in (cls.pipeline_class, *cls.others)}
     if class_name not in known:
         raise ValueError(f"{path} is a {class_name}: there are backbones for {', '.join(known)}")
     return known[class_name]

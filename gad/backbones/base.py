@@ -55,6 +55,7 @@ class Backbone:
 
     part: str  # name of the network in the pipeline folder
     pipeline_class: type
+    others: tuple[type, ...] = ()  # pipelines of other classes, of published students whose network `raw` can call
     max_tokens: int | None = None
     call_hint = ""  # what a miniature's own pipeline call needs besides the prompt
 
@@ -91,6 +92,10 @@ class Backbone:
     def to(self, device) -> "Backbone":
         self.pipeline.to(device)
         return self
+
+    def as_saved(self, network, steps: int) -> tuple:
+        """The pipeline in whose folder `network` belongs, where it is the backbone's now; and how that is called."""
+        return self.pipeline, {"num_inference_steps": steps, "guidance_scale": 1.0}
 
     # What a backbone's file fills in.
 

@@ -4,16 +4,28 @@ import inspect
 from functools import cached_property
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
+)
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 from .base import Backbone, Condition
 from .tokens import merge_words
 
+SPRINT = inspect.signature(SanaSprintPipeline.__call__).parameters["guidance_scale"].default
+
 
 class Sana(Backbone):
+    """SANA-Sprint's network is a flow's too: what its pipeline adds turns TrigFlow's state and time into a flow's and
+    the answer back. It is told the time itself, and a guidance scale, that pipeline's default."""
+
     part = "transformer"
     pipeline_class = SanaPipeline
+    others = (SanaSprintPipeline,)
     call_hint = ",\n             height=64, width=64, use_resolution_binning=False, complex_human_instruction=None"
     max_tokens = 300
 
@@ -62,15 +74,27 @@ class Sana(Backbone):
         return embeds[:, kept], tokens.attention_mask[:, kept]
 
     def raw(self, network, x_t, timestep, cond: Condition):
-        dtype = network.dtype
+        dtype, config, guidance = network.dtype, network.config, None
+        scale = config.timestep_scale
+        if config.guidance_embeds:
+            scale = 1 / self.levels.train_steps
+            guidance = torch.full_like(timestep, SPRINT * config.guidance_embeds_scale)
         out = network(
             x_t.to(dtype),
             encoder_hidden_states=cond.embeds.to(dtype),
             encoder_attention_mask=cond.mask,
-            timestep=timestep * network.config.timestep_scale,
+            timestep=timestep * scale,
+            guidance=guidance,
             return_dict=False,
         )[0]
         return out[:, : x_t.shape[1]]
+
+    def as_saved(self, network, steps):
+        if not network.config.guidance_embeds:
+            return super().as_saved(network, steps)
+        pipeline = SanaSprintPipeline(**self.pipeline.components | {"scheduler": SCMScheduler()})
+        call = {"num_inference_steps": steps, "guidance_scale": SPRINT}
+        return pipeline, call | ({} if steps == 2 else {"intermediate_timesteps": None})
 
 
 def miniature(vae, words) -> SanaPipeline:
