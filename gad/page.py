@@ -43,7 +43,8 @@ MEASURED = {  # the stages, * for their further blocks, that measure a result; k
     "layout": ("references use", "uses.layouts uses.evals uses.scale uses.sweep uses.draws"),
     "precision": ("diagnose", ""),
     "seeds": ("references use", "uses.seeds uses.prompts"),
-    "students": ("teacher diagnose evaluate*", "evaluation.prompts evaluation.quality_prompts"),
+    **dict.fromkeys(("students", "lengths"),
+                    ("teacher diagnose evaluate*", "evaluation.prompts evaluation.quality_prompts")),
     **dict.fromkeys(("samples", FIRST), ("evaluate", "evaluation.prompts")),
 }
 LONG = 8  # rows; a longer table is folded, unless it is its section's first
@@ -70,6 +71,9 @@ FIGURES = {  # alternative text, caption; what stands in braces depends on the w
                "have their intervals."),
     "students": ("Points with intervals, a row a student: JVP cosine on the left, {fit} on the right.",
                  "Every student, those with something else in GAD's place too, between floors and teacher."),
+    "lengths": ("Lines of JVP cosine and {fit} over training steps, without and with GAD, a column a student.",
+                "Trained for longer: tangents above, {fit} below, with intervals of prompts alone. Shaded: the "
+                "untrained student (above), the teacher (below)."),
     "replicas": ("Points by row, a row a student: differences of {fit}, JVP cosine and trajectory error, by seed.",
                  "What GAD changes, trained again from other seeds: each seed (dots), and all together with intervals "
                  "of prompts and of training."),
@@ -88,7 +92,7 @@ MINI = {  # what captions say besides, where the miniature world is drawn
                "a prompt leaves open, of as many images with all colours for every model, over the prompts that have "
                "so many.",
 }
-ONE_SEED = (FIRST, "figure2", "nearby", "students", "samples", "seeds")  # they show students of the first seed alone
+ONE_SEED = (FIRST, "figure2", "nearby", "students", "lengths", "samples", "seeds")  # they show the first seed alone
 ITEM = re.compile(r"\$\{item\.(\w+)\}")  # in a stage's keys
 MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table")
 

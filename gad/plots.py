@@ -52,7 +52,7 @@ def write(p: Params) -> list:
     paths.FIGURES.mkdir(parents=True, exist_ok=True)
     made = []
     for draw in (world, figure2, nearby, figure5, layout, published, samples, seeds, before_after, students,
-                 trained_again):
+                 trained_again, lengths):
         figure = draw(p)
         name = {"published": "precision", "trained_again": "replicas"}.get(draw.__name__, draw.__name__)
         made.append(paths.FIGURES / f"{name}.png")
@@ -454,3 +454,53 @@ def trained_again(p: Params):
     figure.tight_layout()
     _legend_below(figure, axes[:1], 1)
     return figure
+
+
+def lengths(p: Params):
+    """JVP cosine and how well images fit over the steps a student was trained for, without and with GAD; of the first
+    seed, where there is more than one length."""
+    lines, shared = {}, len(tables.worlds(p)) == 1
+    for run in p.runs():
+        if run.seed == p.seeds.distill[0] and str(run) not in p.published and (kind := _at_full_rate(p, run.variant)):
+            lines.setdefault(run[:2], {}).setdefault(kind, []).append(run)
+    lines = {of: kinds for of, kinds in lines.items() if max(map(len, kinds.values())) > 1}
+    n = max(1, len(lines))
+    figure, axes = plt.subplots(2, n, figsize=(0.8 + 1.9 * n, 4.4), squeeze=False, sharex="col",
+                                sharey="row" if shared else False)
+    for (top, bottom), (backbone, paradigm) in zip(axes.T, lines, strict=False):
+        floors = tables.read(paths.diagnosis(backbone) / "floors.json")
+        noises = p.evaluation.noises
+        _across(top, _interval(p, floors["untrained student"]["cos"], "cos", noises), "untrained student", ":")
+        teacher = tables.fit(tables.read(paths.teacher_metrics(backbone)))
+        _across(bottom, _interval(p, teacher, "cos"), "teacher")
+        for kind, runs in lines[backbone, paradigm].items():
+            runs.sort(key=lambda r: p.steps(r.paradigm, r.variant))
+            found = [tables.read(paths.result(r)) for r in runs]
+            x = np.array([p.steps(r.paradigm, r.variant) for r in runs])
+            measured = [(r["endpoint"]["cos"], noises) for r in found], [(tables.fit(r), 1) for r in found]
+            for ax, values in zip((top, bottom), measured, strict=True):
+                v, low, high = np.array([_interval(p, y, "cos", each) for y, each in values]).T  # both are means
+                ax.errorbar(x * {"base": 1, "gad": 1.03}[kind], v, yerr=[v - low, high - v], fmt="o-", ms=3.5, lw=1.2,
+                            capsize=2, color=COLOURS[kind], label={"base": "without GAD", "gad": "with GAD"}[kind])
+        top.set_title(f"{backbone}, {tables.label(Run(backbone, paradigm, 'base', 0))}", fontsize=9)
+        bottom.set_xlabel("training steps")
+        bottom.set_xlim(left=0)
+    axes[0, 0].set_ylabel("JVP cosine")
+    axes[1, 0].set_ylabel(tables.fits(p))
+    if not lines:
+        axes[0, 0].set_title("no student was trained for longer", fontsize=8)
+    figure.tight_layout()
+    _legend_below(figure, axes[:, 0], 1)
+    return figure
+
+
+def _at_full_rate(p: Params, variant: str) -> str | None:
+    """"base" or "gad" where a variant is trained as that is but for its length; else None."""
+    if variant in ("base", "gad"):
+        return variant
+    term = p.term(variant)
+    if p.controls[variant].rate != 1:
+        return None
+    if term is None:
+        return "base"
+    return "gad" if p.gad.model_dump().items() <= term.model_dump().items() else None

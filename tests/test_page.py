@@ -315,6 +315,26 @@ def test_figure5_has_no_panel_of_what_a_world_has_not(figure, monkeypatch):
     assert any(t.label1.get_visible() for t in axes[0, 0].xaxis.get_major_ticks())
 
 
+def test_longer_trained_students_have_a_panel_and_a_line_with_gad_and_one_without(figure):
+    """At the rate of the grid alone, and GAD as the grid has it; backbones without a further length have no panel."""
+    def results(path):
+        cos = {"cos": [0.1, 0.2]}
+        return {"endpoint": cos, "quality": {"scene": [0, 1]}, "untrained student": cos}
+
+    lengths = {"backbones": ["sana"], "paradigms": ["tdm"], "variants": ["thrice", "thrice_gad"]}
+    blocks = {f"further.{name}.backbones": [] for name in params.Further.model_fields}
+    blocks["further.rates.backbones"] = ["sana"]
+    del blocks["further.lengths.backbones"]
+    found = figure(plots.lengths, results, **blocks, **{"further.lengths": lengths})
+    (top, bottom), p = found.axes, params.load()
+    assert top.get_title() == "sana, TDM" and bottom.get_ylabel() == "scene accuracy"
+    for ax in found.axes:
+        lines = [c.lines[0].get_xdata() for c in ax.containers]
+        assert [list(x / x[0]) for x in lines] == [[1, p.controls["thrice"].longer]] * 2
+    none = figure(plots.lengths, results, **blocks, **{"further.lengths": lengths | {"backbones": []}})
+    assert "no student was trained for longer" in none.axes[0].get_title()
+
+
 def test_students_have_an_axis_for_each_measure_and_published_ones_a_row(figure):
     def results(path):
         cos = {"cos": [0.1, 0.2]}
