@@ -660,7 +660,7 @@ def test_a_term_that_is_no_number_is_divergence(mini):
     task.roles["student"].params[0].data.fill_(torch.nan)
     assert not task.losses(3, step_generator(0, 3))["fake"].isfinite()
     task.paradigm.losses = lambda *_: {"student": torch.tensor(0.0)}
-    with pytest.raises(DivergedError, match=r"the gad term is not finite at step 3 \(f\(x\) has values"):
+    with pytest.raises(DivergedError, match=r"the gad term is not finite at step 3 \(student\(x\) has values"):
         task.losses(3, step_generator(0, 3))
     task.gad, task.paradigm.point = task.gad.model_copy(update={"form": "score"}), None
     with pytest.raises(ValueError, match="needs a paradigm with a fake score"):  # a mistake is none
