@@ -461,7 +461,7 @@ def lengths(p: Params):
     seed, where there is more than one length."""
     lines, shared = {}, len(tables.worlds(p)) == 1
     for run in p.runs():
-        if run.seed == p.seeds.distill[0] and str(run) not in p.published and (kind := _at_full_rate(p, run.variant)):
+        if run.seed == p.seeds.distill[0] and (kind := _at_full_rate(p, run.variant)):
             lines.setdefault(run[:2], {}).setdefault(kind, []).append(run)
     lines = {of: kinds for of, kinds in lines.items() if max(map(len, kinds.values())) > 1}
     n = max(1, len(lines))

@@ -40,10 +40,15 @@ def made(copy):
     return facts | {"before": before, "after": files(ROOT)}
 
 
-def contract(copy, *which):
+def within(copy, *arguments):
+    """`python -m …` in the copy."""
     environment = {**os.environ, "PYTHONPATH": str(copy)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *which]
+    command = [sys.executable, "-m", *arguments]
     return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+
+
+def contract(copy, *which):
+    return within(copy, "pytest", "-q", "-p", "no:cacheprovider", *which)
 
 
 def test_the_new_backbone_keeps_the_contract(made):
@@ -78,9 +83,7 @@ def test_its_stages_are_its_column(made):
 
 def test_the_smoke_run_makes_its_column(made, copy):
     """The whole graph at its smallest, as the guide's last command has it: nothing of the pipeline knows the name."""
-    environment = {**os.environ, "PYTHONPATH": str(copy)}
-    command = [sys.executable, "-m", "gad.pipeline", "smoke"]
-    ran = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    ran = within(copy, "gad.pipeline", "smoke")
     assert ran.returncode == 0, ran.stderr[-3000:]
     column = [s for s in made["stages"] if "@lumina2-" not in s or "@lumina2-tdm" in s]
     for stage in (*column, "tables", "figures", "page"):

@@ -8,9 +8,11 @@ from conftest import build, perturb
 from diffusers import DiffusionPipeline, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from test_load import published
 
-from gad import paths, stages
+from gad import geometry, paths, stages
 from gad.backbones import load, load_network
+from gad.distill import save_student
 from gad.params import Run
+from gad.params import load as load_params
 
 SMALL = {"height": 64, "width": 64, "use_resolution_binning": False, "complex_human_instruction": None}
 
@@ -57,7 +59,6 @@ def test_it_becomes_a_student_that_its_own_pipeline_draws(sprint, mini, tmp_path
     run = Run("sana", "own", "base", 0)
     stages.publish(run, p)
     folder, backbone = paths.student(run), mini("sana")
-    assert type(backbone.pipeline.transformer) is type(backbone.network) and not backbone.network.config.guidance_embeds
     pipeline = DiffusionPipeline.from_pretrained(folder)
     assert isinstance(pipeline, SanaSprintPipeline)
     pipeline.set_progress_bar_config(disable=True)
@@ -72,6 +73,15 @@ def test_it_becomes_a_student_that_its_own_pipeline_draws(sprint, mini, tmp_path
     torch.testing.assert_close(drawn, images, rtol=1e-3, atol=1e-3)
 
 
+def test_saving_it_leaves_the_backbone_as_it_was(sprint, tmp_path):
+    backbone = build("sana")
+    network, pipeline, scheduler = backbone.network, backbone.pipeline, backbone.pipeline.scheduler
+    save_student(Run("sana", "tdm", "base", 0), load_params(), backbone, load_network(sprint), tmp_path / "student")
+    assert type(backbone.pipeline.transformer) is type(network) and not backbone.network.config.guidance_embeds
+    assert backbone.network is network and backbone.pipeline is pipeline and pipeline.scheduler is scheduler
+    assert isinstance(DiffusionPipeline.from_pretrained(tmp_path / "student"), SanaSprintPipeline)
+
+
 def test_of_several_steps_its_card_says_what_differs(sprint, mini, tmp_path, monkeypatch):
     p = published(tmp_path, monkeypatch, mini, "sana", path=str(sprint), steps=2)
     run = Run("sana", "own", "base", 0)
@@ -82,8 +92,6 @@ def test_of_several_steps_its_card_says_what_differs(sprint, mini, tmp_path, mon
 
 def test_its_tangents_are_exact(sprint, z, prompts):
     """What Table 1 takes of a student: through normed queries and keys too."""
-    from gad import geometry
-
     ours = load(sprint)
     cond, v = ours.encode(prompts), ours.noise(len(z), 3)
     with torch.no_grad():
