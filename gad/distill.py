@@ -68,20 +68,21 @@ class Distillation:
 
 def shareable(run: Run, p: Params, processes: int):
     """ValueError where a step of `run` cannot be shared out among as many processes, before any work."""
-    parts = processes * p.hardware.accumulate
+    each = p.hardware.accumulate(processes)
+    parts = processes * each
     gad, shared = p.term(run.variant), {"distill.batch": p.distill.batch}
     if gad:
         shared["gad.pairs" if run.variant == "gad" else f"controls.{run.variant}.pairs"] = gad.pairs
     for key, value in shared.items():
         if value % parts:
             raise ValueError(
-                f"{key}={value} cannot be shared by {processes} process(es) in hardware.accumulate="
-                f"{p.hardware.accumulate} part(s) each: make it a multiple of {parts}"
+                f"{key}={value} cannot be shared by {processes} process(es) in {each} part(s) each (hardware.parts="
+                f"{p.hardware.parts}): make it a multiple of {parts}"
             )
     if gad and gad.form in TOGETHER and parts > 1:
         raise ValueError(
             f"controls.{run.variant}: `{gad.form}` is of all samples of a step, which {parts} parts do not see: use "
-            "one process and hardware.accumulate=1"
+            "one process and hardware.parts=1"
         )
 
 
@@ -122,9 +123,7 @@ def distill(
         for role in task.roles.values():
             in_8bit(role)
     if hardware.checkpointing:
-        for role in task.roles.values():
-            if hasattr(role.module, "enable_gradient_checkpointing"):
-                role.module.enable_gradient_checkpointing()
+        checkpoint(task)
     probes, every = {}, max(1, steps // 8)
     probe_file = work / f"probes-{identity_key(identity)[:8]}.json"
     if probe_file.exists():
@@ -156,8 +155,8 @@ def distill(
             os.replace(part, probe_file)
 
     log = train(
-        task, work, steps, run.seed, identity, d.warmup, d.save_every, 10, accelerator, probe, hardware.accumulate,
-        hardware.shard,
+        task, work, steps, run.seed, identity, d.warmup, d.save_every, 10, accelerator, probe,
+        hardware.accumulate(accelerator.num_processes), hardware.shard,
     )
     student = averaged()
     if student is None:
@@ -178,6 +177,15 @@ def look(backbone, student, test: Tangents, steps: int, batch: int) -> dict[str,
         **interval_columns("cos", response["cos"].cpu().numpy(), 1000),
         "ratio": response["ratio"].log().mean().exp().item(),
     }
+
+
+def checkpoint(task: Distillation):
+    """Activations are made anew for the backward pass: those of what is trained, and of the frozen teacher and decoder,
+    through which some losses are differentiated."""
+    backbone = task.paradigm.backbone
+    for module in (*(role.module for role in task.roles.values()), backbone.network, backbone.pipeline.vae):
+        if getattr(module, "_supports_gradient_checkpointing", False):  # AutoencoderDC and heads do not
+            module.enable_gradient_checkpointing()
 
 
 def in_8bit(role: Role):

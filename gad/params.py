@@ -298,10 +298,14 @@ class Distill(_Section):
 class Hardware(_Section):
     """How a student's training fits a machine. Results are the same but for rounding: no stage depends on it."""
 
-    accumulate: PositiveInt = 1
+    parts: PositiveInt = 1
     checkpointing: bool = False
     shard: bool = False
     tangents: PositiveInt = 32
+
+    def accumulate(self, processes: int) -> int:
+        """Parts that each of so many processes takes, one after another."""
+        return -(-self.parts // processes)
 
 
 class Evaluation(_Section):
@@ -463,7 +467,8 @@ class Params(_Section):
                 continue
             for switch, why in (("shard", "need whole networks"), ("checkpointing", "cannot make activations anew")):
                 if term.scheme == "exact" and getattr(self.hardware, switch):
-                    raise ValueError(f"hardware.{switch}=True: exact JVPs {why}: set {key}.scheme to forward")
+                    fix = f"set it to false, or {key}.scheme to forward"
+                    raise ValueError(f"hardware.{switch}=True: exact JVPs {why}: {fix}")
             if term.pairs < (least := TOGETHER.get(term.form, 1)):
                 fix = f"make it {least} or more"
                 raise ValueError(f"{key}.pairs={term.pairs}: `{term.form}` is of several samples: {fix}")

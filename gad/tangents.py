@@ -85,15 +85,9 @@ class Samples:
     def __len__(self):
         return len(self.z)
 
-    @staticmethod
-    @torch.no_grad()
-    def make(path: Path, backbone: Backbone, prompts: list[str], seed: int, steps: int, cfg: float, batch: int = 64):
-        """Draw them and save the endpoints, in fp16."""
-        z, cond, x0 = backbone.noise(len(prompts), seed), backbone.encode(prompts, device="cpu"), []
-        for i in tqdm(range(0, len(z), batch), "samples of the teacher", disable=None):
-            c = cond[i:i + batch].to(z.device)
-            x0.append(backbone.sample(backbone.network, z[i:i + batch], c, steps, cfg))
-        save_file({"x0": torch.cat(x0).to("cpu", torch.float16)}, path, _made(prompts=prompts, seed=seed))
+    def save(self, path: Path, prompts: list[str], seed: int):
+        """The endpoints, in fp16: noises and `cond` follow from `seed` and `prompts`."""
+        save_file({"x0": self.x0.to("cpu", torch.float16)}, path, _made(prompts=prompts, seed=seed))
 
     @staticmethod
     def load(path: Path, backbone: Backbone) -> "Samples":

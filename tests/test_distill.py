@@ -180,7 +180,7 @@ def test_shared_batches_give_the_same_student(place):
     alone, log = take(place)
     teacher = load_file(next((place / "data/teachers/sana/transformer").glob("*.safetensors")))
     assert gap(alone, teacher) > 5e-5  # it did train
-    place.done("--set", "hardware.accumulate=2", "--set", "hardware.checkpointing=true", *SHARED)
+    place.done("--set", "hardware.parts=2", "--set", "hardware.checkpointing=true", *SHARED)
     parts, split = take(place)
     assert gap(alone, parts) < 1e-5
     pd.testing.assert_frame_equal(log, split, rtol=1e-3)  # Adam hides a gradient's scale; its norm does not
@@ -225,10 +225,10 @@ def test_heads_start_alike_in_every_process(place):
 
 @pytest.mark.slow
 def test_batches_that_cannot_be_shared_stop_before_work(place):
-    code, _, error = place.run("--set", "hardware.accumulate=3", *SHARED)
+    code, _, error = place.run("--set", "hardware.parts=3", *SHARED)
     assert code == 1 and "distill.batch=4 cannot be shared" in error and "multiple of 3" in error
     assert "Traceback" not in error
-    code, _, error = place.run("--set", "hardware.accumulate=2", "--set", "controls.map.pairs=3", *SHARED[:-1], "map")
+    code, _, error = place.run("--set", "hardware.parts=2", "--set", "controls.map.pairs=3", *SHARED[:-1], "map")
     assert code == 1 and "controls.map.pairs=3 cannot be shared" in error
 
 
@@ -260,14 +260,23 @@ def test_divergence_stops_with_one_line_and_keeps_the_checkpoint(place, variant)
 
 @pytest.mark.slow
 def test_diagnosis_is_shared_by_two_processes(place):
-    """The same bytes as of one, whose parts are as large."""
+    """The same bytes as of one, whose parts are as large; what stopped at its end has all of it still to go on with."""
     arguments = ("--set", "hardware.tangents=1", "--set", "evaluation.batch=1", "diagnose", "sana")
-    files = [place / "data/endpoints/sana/train.safetensors", place / "data/endpoints/sana/probe.safetensors",
-             place / "data/diagnosis/sana/test.safetensors", place / "data/diagnosis/sana/floors.json"]
+    names = ("endpoints/sana/train", "endpoints/sana/probe", "endpoints/sana/samples", "diagnosis/sana/test")
+    files = [place / f"data/{name}.safetensors" for name in names] + [place / "data/diagnosis/sana/floors.json"]
     told = json.loads(place.done(*arguments))
     alone = [f.read_bytes() for f in files]
     for f in files:
         f.unlink()
+    last = place / "data/diagnosis/sana/published.csv"
+    last.unlink()
+    last.mkdir()
+    process = launch(place.folder, *arguments)
+    process.communicate(timeout=300)
+    assert process.returncode != 0
+    begun = {f.name.split("-")[2]: len([*f.iterdir()]) for f in (place / "data/.resume").glob("diagnose-sana-*")}
+    assert begun.keys() == {"train", "probe", "samples", "test"} and all(begun.values())
+    last.rmdir()
     process = launch(place.folder, *arguments)
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
@@ -287,10 +296,14 @@ def test_paths_of_another_number_of_steps_stop_before_training(place):
 
 @pytest.mark.slow
 def test_terms_are_weighed_beside_their_paradigm(place):
-    found = json.loads(place.done("--set", "gad.lam=0.5", "weigh", "sana", "dmd"))
-    again = json.loads(place.done("--set", "gad.lam=1.0", "weigh", "sana", "dmd"))
+    ratio = ("--set", "paradigms.dmd.ratio=2")
+    found = json.loads(place.done(*ratio, "--set", "gad.lam=0.5", "weigh", "sana", "dmd"))
+    again = json.loads(place.done(*ratio, "--set", "gad.lam=1.0", "weigh", "sana", "dmd"))
     assert {"base", "gad", "rkd"} <= set(found) and "longer" not in found and min(found.values()) >= 0
     assert again["base"] == found["base"] and again["gad"] == pytest.approx(2 * found["gad"], rel=1e-4)
+    fitted = ("--set", "hardware.parts=2", "--set", "hardware.checkpointing=true", "--set", "controls.map.pairs=2")
+    parts = json.loads(place.done(*ratio, *fitted, "--set", "gad.lam=0.5", "weigh", "sana", "dmd"))
+    assert "rkd" not in parts and all(parts[k] == pytest.approx(found[k], rel=1e-3) for k in ("base", "gad"))
 
 
 def test_operations_are_those_of_products_forward_and_backward():

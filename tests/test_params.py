@@ -84,7 +84,7 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("distill.precision", "fp16", "distill.precision='fp16': input should be 'no' or 'bf16'"),
         ("distill.ema", 0, "distill.ema=0: input should be greater than 0"),
         ("teacher.ema", 0.0, "teacher.ema=0.0: input should be greater than 0"),
-        ("hardware.accumulate", 0, "hardware.accumulate=0: input should be greater than 0"),
+        ("hardware.parts", 0, "hardware.parts=0: input should be greater than 0"),
         ("published", {"x": {"backbone": "sd2", "paradigm": "turbo"}}, "needs either path or lora: give one of them"),
         ("published", {"x": {"backbone": "sdxl", "paradigm": "turbo", "path": "a"}},
          f"published.x.backbone='sdxl' is not in grid.backbones ({', '.join(DATA['grid']['backbones'])})"),
@@ -110,8 +110,8 @@ def test_wrong_value(key, value, said, tmp_path):
 
 @pytest.mark.parametrize("switch, key, value, said", [
     ("shard", "distill.optimiser", "adamw8bit", "8-bit moments cannot be shared out: set distill.optimiser to adamw"),
-    ("shard", "gad.scheme", "exact", "exact JVPs need whole networks: set gad.scheme to forward"),
-    ("checkpointing", "gad.scheme", "exact", "exact JVPs cannot make activations anew: set gad.scheme to forward"),
+    ("shard", "gad.scheme", "exact", "exact JVPs need whole networks: set it to false, or gad.scheme to forward"),
+    ("checkpointing", "gad.scheme", "exact", "exact JVPs cannot make activations anew: set it to false, or "),
 ])
 def test_what_shares_and_checkpoints_cannot_have(switch, key, value, said):
     data = yaml.safe_load((ROOT / "params.yaml").read_text())

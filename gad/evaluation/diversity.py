@@ -8,8 +8,6 @@ import warnings
 import numpy as np
 import torch
 from torch import nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 from vendi_score import vendi as scores
 
 WIDTH = 8.0  # pixels: layouts this far apart are half-way to being different ones
@@ -71,11 +69,15 @@ def _compute(metric, features, real) -> float:
 
 
 def _fid(features, real):
+    from torchmetrics.image.fid import FrechetInceptionDistance  # here: else each stage would import it, for a second
+
     return _compute(FrechetInceptionDistance(_AsIs(features.shape[-1])), features, real)
 
 
 def _kid(features, real):
     """Of all images at once: random subsets, which many images need, would add a chance of their own."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(0)  # it adds up in random order, so that the last digits would differ
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all")

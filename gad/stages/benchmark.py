@@ -17,7 +17,7 @@ import torch
 
 from .. import architectures, paths
 from ..backbones import BACKBONES, MINIATURES, Backbone
-from ..distill import Distillation
+from ..distill import Distillation, checkpoint
 from ..evaluation import geometry
 from ..paradigms import find
 from ..params import Params
@@ -60,7 +60,7 @@ The paper's grid, {grid}.{warning}
 {hours}
 
 All devices are alike and none is lost between them; where memory is short for a device's share of a batch, it takes
-that in parts (`hardware.accumulate`). Not in it: the probes, exact tangents of `hardware.tangents` noises at once
+that in parts (`hardware.parts`). Not in it: the probes, exact tangents of `hardware.tangents` noises at once
 beside what is trained. Schedules:
 
 {sources}
@@ -109,10 +109,11 @@ def benchmark(
 
     `batch`: images a step on this one device (`distill.batch`); GAD's pairs keep their proportion to it. `precision`:
     "no" (fp32) or "bf16" (`distill.precision`); weights are fp32. `compiled`: each block by torch.compile.
-    `checkpointing`: of the trained networks (`hardware.checkpointing`). `miniature`: time the pipeline's small
-    networks, on any machine. `schedules`: other ones than SCHEDULES, or than that of params.yaml for miniatures, by
-    paradigm. `gpus`: on how many the plan's hours are counted; `tflops`: what a device sustains in bf16 and in fp32,
-    10¹² operations a second, by which they are where nothing was timed.
+    `checkpointing`: of all networks that are differentiated (`hardware.checkpointing`). `miniature`: time the
+    pipeline's small networks, on any machine. `schedules`, by paradigm: other ones than those of params.yaml, or,
+    where its backbones are miniatures and full size is asked for, than SCHEDULES. `gpus`: on how many the plan's hours
+    are counted; `tflops`: what a device sustains in bf16 and in fp32, 10¹² operations a second, by which they are where
+    nothing was timed.
     What does not fit in memory has a row that says so. Raises ValueError for what cannot be measured.
     """
     batch = p.distill.batch if batch is None else batch
@@ -120,7 +121,8 @@ def benchmark(
     checkpointing = p.hardware.checkpointing if checkpointing is None else checkpointing
     _check(p, backbones, paradigms, blocks, batch, precision, miniature, gpus, tflops)
     own = {k: Schedule(p.steps(k, "base"), p.distill.batch, "params.yaml") for k in GRID[1]}
-    schedules = (own if miniature else SCHEDULES) | (schedules or {})
+    published = not miniature and not all(p.backbones[_family(name)].path for name in backbones)
+    schedules = (SCHEDULES if published else own) | (schedules or {})
     timed = miniature or torch.cuda.is_available()
     accelerator = prepare(p, precision if timed else "no")
     precision = accelerator.mixed_precision if timed else precision  # a CPU without bf16 takes fp32
@@ -291,9 +293,9 @@ def _tasks(model, name, which, data, gad, p, batch, compiled, checkpointing, acc
         k: Distillation(paradigm, tangents.cond, tangents, term, batch, 0, samples)
         for k, term in (("base", None), ("gad", gad))
     }
+    if checkpointing:
+        checkpoint(tasks["base"])  # the networks are GAD's too
     trained = [r.module for r in paradigm.roles.values() if hasattr(r.module, "enable_gradient_checkpointing")]
-    for network in trained if checkpointing else []:
-        network.enable_gradient_checkpointing()
     for network in [model.network, *trained] if compiled else []:
         torch._dynamo.config.recompile_limit = 64  # with and without gradient, autocast, fixed weights: each is another
         for block in model.blocks(network):  # not the whole network: hooks on blocks stay outside

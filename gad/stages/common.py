@@ -43,7 +43,7 @@ def prepare(p: Params, precision: str = "no", track: str | None = None) -> Accel
     if made.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"distributed_type={made.distributed_type.value}: accelerate prepares one trained network so, and here "
-            "are several; use MULTI_GPU, and where memory is short hardware.shard, checkpointing and accumulate"
+            "are several; use MULTI_GPU, and where memory is short hardware.shard, checkpointing and parts"
         )
     return made
 

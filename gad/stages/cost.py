@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from .. import paths
-from ..distill import Distillation
+from ..distill import Distillation, checkpoint
 from ..evaluation.geometry import interval_columns
 from ..paradigms import find
 from ..params import Params
@@ -52,8 +52,10 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
         tasks = {
             k: Distillation(paradigm, cond, tangents, term, p.distill.batch, 0, samples) for k, term in terms.items()
         }
+        if p.hardware.checkpointing:
+            checkpoint(tasks["base"])  # the networks are those of all
         cycle = int(p.paradigms[name].get("ratio", 1)) * 4
-        timed = {k: _Timed(task, cycle, accelerator) for k, task in tasks.items()}
+        timed = {k: _Timed(task, cycle, accelerator, p.hardware.parts) for k, task in tasks.items()}
         operations = {}
         for k in timed:  # warm up
             with Operations() as counted:
@@ -78,10 +80,12 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
 
 
 class _Timed:
-    """Mean seconds of a step over one block, at each call; `memory`: the highest peak so far, in MB."""
+    """Mean seconds of a step over one block, at each call; `memory`: the highest peak so far, in MB. `parts`: those in
+    which a step's batch is taken."""
 
-    def __init__(self, task, cycle, accelerator):
+    def __init__(self, task, cycle, accelerator, parts=1):
         self.task, self.cycle, self.accelerator, self.step, self.memory = task, cycle, accelerator, 0, 0.0
+        self.parts = parts
         for role in task.roles.values():
             role.module.to(accelerator.device)
 
@@ -92,7 +96,7 @@ class _Timed:
         began = time.perf_counter()
         for _ in range(self.cycle):
             # At a rate of zero: what is timed stays where training begins.
-            update(self.task, self.step, 0, 0.0, self.accelerator)
+            update(self.task, self.step, 0, 0.0, self.accelerator, self.parts)
             self.step += 1
         if device.type == "cuda":
             torch.cuda.synchronize()

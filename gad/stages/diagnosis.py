@@ -24,21 +24,28 @@ def diagnose(backbone: str, p: Params) -> dict:
     """The teacher's endpoints and exact tangents at training and test noises, what a student can and can't
     reach (floors), and what finite differences report in each precision.
 
-    Tangents, which take nearly all of the time, are shared by the processes of `accelerate launch`, and an interrupted
-    run goes on with those it has."""
+    Tangents and samples, which take nearly all of the time, are shared by the processes of `accelerate launch`, and an
+    interrupted run goes on with those it has."""
     which, e, seed = p.backbones[backbone], p.evaluation, p.seeds.world
     accelerator, world = prepare(p), world_of(backbone, p)
     teacher = placed(accelerator.device, backbone, p)
     folder, endpoints = paths.diagnosis(backbone), paths.endpoints(backbone)
-    for made in (folder, endpoints):
-        made.mkdir(parents=True, exist_ok=True)
+    for place in (folder, endpoints):
+        place.mkdir(parents=True, exist_ok=True)
 
     def tangents(z, v, cond, steps, cfg, batch=e.batch):
         return geometry.tangents(
             lambda c: geometry.endpoint(teacher, teacher.network, c, steps, cfg), z, v, cond, batch, backbone
         )
 
-    weights = fingerprint(teacher)
+    weights, works = fingerprint(teacher), []
+
+    def made(part, path, n, batch, *own):
+        """`part` of all of n, of which the main process gets the whole. Parts are kept until the stage is done: DVC
+        removes its files before it runs again."""
+        own = weights, which.model_dump(), batch, p.threads, *own
+        works.append(paths.resume(f"diagnose-{backbone}-{path.stem}-{identity_key(own)[:8]}"))
+        return in_parts(part, n, batch, works[-1], accelerator)
 
     def save(path, prompts, seeds, times, batch=p.hardware.tangents, dtype=torch.float32):
         """The teacher's path, and how it turns with the noise, at the first and last of `times` and between."""
@@ -52,14 +59,8 @@ def diagnose(backbone: str, p: Params) -> dict:
             )
             return {"states": states, "responses": responses}
 
-        own = [weights, which.model_dump(), prompts, seeds, times.tolist(), batch, p.threads]
-        work = paths.resume(f"diagnose-{backbone}-{path.stem}-{identity_key(own)[:8]}")
-        found = in_parts(part, len(z), batch, work, accelerator)
-        if found:
-            Tangents(found["states"].to(z.device), found["responses"].to(z.device), cond).save(
-                path, prompts, seeds, dtype
-            )
-            shutil.rmtree(work)
+        if found := made(part, path, len(z), batch, prompts, seeds, times.tolist()):
+            Tangents(found["states"], found["responses"], cond).save(path, prompts, seeds, dtype)
 
     times = teacher.times(which.student_steps)
     ends = times[[0, -1]]
@@ -71,11 +72,17 @@ def diagnose(backbone: str, p: Params) -> dict:
     save(endpoints / "probe.safetensors", prompts, (seed + 9, seed + 10), ends)
     prompts = [c for c in world.prompts(e.prompts, seed + 14, "test") for _ in range(e.noises)]
     save(folder / "test.safetensors", prompts, (seed + 14, seed + 15), ends, e.batch)
-    if not accelerator.is_main_process:
+    prompts, path = world.prompts(n.samples, seed + 11), endpoints / "samples.safetensors"
+    z, cond = teacher.noise(len(prompts), seed + 11), teacher.encode(prompts, device="cpu")
+
+    @torch.no_grad()
+    def sample(j):
+        return {"x0": teacher.sample(teacher.network, z[j], cond[j].to(z.device), which.teacher_steps, which.cfg)}
+
+    found = made(sample, path, len(z), e.drawn, prompts, seed + 11)
+    if not found:
         return {}
-    prompts = world.prompts(n.samples, seed + 11)
-    path = endpoints / "samples.safetensors"
-    Samples.make(path, teacher, prompts, seed + 11, which.teacher_steps, which.cfg, e.drawn)
+    Samples(z, found["x0"], cond).save(path, prompts, seed + 11)
     _unseen(teacher, world, times, which, e, seed + 16, folder / "unseen.safetensors")
     test = Tangents.load(folder / "test.safetensors", teacher)
     other = {
@@ -93,6 +100,8 @@ def diagnose(backbone: str, p: Params) -> dict:
     size = p.hardware.tangents
     write_csv(folder / "precision.csv", precision.sweep(teacher, test[slice(0, 8)], which.cfg, size))
     write_csv(folder / "published.csv", precision.known_students(teacher, test[slice(0, 16)], seed, size))
+    for work in works:
+        shutil.rmtree(work)
     shown = {k: geometry.SUMMARY[k] for k in ("cos", "ratio", "relative")}
     return {name: {k: float(summary(r[k])) for k, summary in shown.items()} for name, r in floors.items()}
 

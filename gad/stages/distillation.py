@@ -47,13 +47,18 @@ def student(run: Run, p: Params, folder, work, accelerator):
     term = p.term(run.variant)
     config = {
         "run": list(run), "distill": p.distill.identity, "paradigm": p.settings(run.paradigm, run.variant),
-        "backbone": p.backbones[run.backbone].model_dump(), "teacher": train.x0.double().sum().item(),
+        "backbone": p.backbones[run.backbone].model_dump(), "teacher": _digest(endpoints / "train.safetensors"),
         "gad": term.model_dump() if term else None, "steps": p.steps(run.paradigm, run.variant),
         "code": _code(training, students, geometry, diffusion, base, forms, *map(inspect.getmodule, (
             type(backbone).__base__, type(backbone), paradigm))),
-    } | ({"samples": samples.x0.double().sum().item()} if paradigm.paired else {})
+    } | ({"samples": _digest(endpoints / "samples.safetensors")} if paradigm.paired else {})
     made = students.distill(run, p, backbone, cond, train, test, samples, folder, work, accelerator, config)
     return made, backbone
+
+
+def _digest(file) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _code(*modules) -> str:

@@ -5,10 +5,10 @@ import statistics
 
 import torch
 
-from ..distill import Distillation
+from ..distill import Distillation, checkpoint, shareable
 from ..paradigms import find
 from ..paradigms.forms import NEED_A_FAKE, gad_loss
-from ..params import Params, Run
+from ..params import TOGETHER, Params, Run
 from ..training import step_generator
 from .common import materials, prepare
 
@@ -16,35 +16,47 @@ from .common import materials, prepare
 def weigh(run: Run, p: Params, draws: int = 12) -> dict[str, float]:
     """Norms of the gradient at the student where its training begins, the teacher's weights: of the paradigm's own loss
     (`base`) and of every variant's term with its λ, medians of `draws` steps' draws each. Not of forms that need a
-    fake, which is yet to learn there."""
+    fake, which is yet to learn there, nor, where `hardware.parts` is more than 1, of those of samples together."""
+    parts, terms = p.hardware.parts, {name: p.term(name) for name in p.variants}
+    terms = {k: v for k, v in terms.items() if v and v.form not in (*NEED_A_FAKE, *(TOGETHER if parts > 1 else ()))}
+    for name in ("base", *terms):
+        shareable(Run(run.backbone, run.paradigm, name, run.seed), p, 1)
     accelerator, which = prepare(p), p.backbones[run.backbone]
     backbone, cond, tangents, samples = materials(accelerator.device, run.backbone, p)
     paradigm = find(run.paradigm)(backbone, which.student_steps, which.cfg, p.settings(run.paradigm, "base"), p.distill)
     task = Distillation(paradigm, cond, tangents, None, p.distill.batch, run.seed, samples)
     for role in task.roles.values():
         role.module.to(accelerator.device)
+    if p.hardware.checkpointing:
+        checkpoint(task)
 
     def generator(step, *name):
         return step_generator(run.seed, step, accelerator.device, *name)
 
-    def base(step):
+    def base(step, k):
+        task.part = k, parts
         return paradigm.losses(task.draw(generator(step)), step).get("student")
 
     losses = {"base": base}
-    for name, term in ((name, p.term(name)) for name in p.variants):
-        if term and term.form not in NEED_A_FAKE:
-            term = term.model_copy(update={"every": 1})
-            losses[name] = lambda step, term=term: gad_loss(paradigm, tangents, term, 0, generator(step, "gad"))
-    return {name: statistics.median(_norms(paradigm.student, loss, draws)) for name, loss in losses.items()}
+    for name, term in terms.items():
+        term = term.model_copy(update={"every": 1})
+
+        def own(step, k, term=term):
+            return gad_loss(paradigm, tangents, term, 0, generator(step, "gad"), (k, parts))
+
+        losses[name] = own
+    return {name: statistics.median(_norms(paradigm.student, loss, draws, parts)) for name, loss in losses.items()}
 
 
-def _norms(student, loss, draws):
+def _norms(student, loss, draws, parts):
     found, step = [], 0
     while len(found) < draws:
         student.zero_grad()
-        if (value := loss(step)) is not None:  # a student that moves at some steps only
-            value.backward()
-            grads = [w.grad.norm() for w in student.parameters() if w.grad is not None]
+        for k in range(parts):
+            if (value := loss(step, k)) is not None:  # a student that moves at some steps only
+                (value / parts).backward()
+        grads = [w.grad.norm() for w in student.parameters() if w.grad is not None]
+        if grads:
             found.append(float(torch.stack(grads).norm()))
         step += 1
     return found
