@@ -1,6 +1,7 @@
 """Every paradigm's objective against closed forms. Data are Gaussian (or a mixture), so each score, posterior mean and
 ODE map is known; the student is linear. The code under test is the backbones' own, around these networks."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -97,7 +98,14 @@ class Known(Backbone):
         return (scale[0] * x_t - scale[1] * x0) / sigma
 
     def features(self, network, x_t, t, cond):
-        return [torch.cat([x_t, cond.embeds[:, 0]], 1)[:, None]]
+        assert network is self.network  # the teacher
+        return list(places(x_t, cond.embeds[:, 0], t).unbind(1))
+
+
+def places(x, c, t):
+    """What a teacher's two blocks know in two places each, no two of them the same: (B, 2, 2, 2 D)."""
+    scale = torch.stack([1 + t, t - 0.5, 1 - t, 2 * t], 1).to(x.dtype)
+    return scale.view(-1, 2, 2, 1) * torch.cat([x, c], 1)[:, None, None]
 
 
 @pytest.fixture(params=["vp", "flow"])
@@ -206,15 +214,17 @@ def learnt(monkeypatch):
 
 @pytest.mark.parametrize("name", ["dmd", "sid", "swiftbrush"])
 def test_levels_and_noises_are_new_for_each_use(backbone, learnt, name):
-    """Scores are compared where τ is in [0.02, 0.98], a flow's by SiD mostly above ½; SiD's fake learns there too,
-    other fakes at all levels."""
+    """Scores are compared where τ is in [0.02, 0.98], a flow's by SiD with log-odds of N(ln 2, 1.6²); SiD's fake learns
+    there too, other fakes at all levels."""
     paradigm, at = make(name, backbone, steps=4, fake=FAKE), batch(4096)
     paradigm.losses(at, 0)
     point, [(_, _, own, *_)] = paradigm.point, learnt
-    middle = 2 / 3 if name == "sid" and backbone.levels.flow else 0.5
+    quarters = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    odds = torch.sigmoid(math.log(2) + 1.6 * torch.special.ndtri(quarters))
     for tau, low in ((point.tau, 0.02), (own, 0.02 if name == "sid" else 0.0)):
         assert low <= tau.min() < low + 0.01 and 0.99 - low < tau.max() <= 1 - low
-        assert tau.median().item() == pytest.approx(middle, abs=0.04)
+        wanted = odds if name == "sid" and backbone.levels.flow else low + (1 - 2 * low) * quarters
+        assert torch.allclose(tau.quantile(quarters), wanted, atol=0.03)
     assert torch.corrcoef(torch.stack([point.tau, own]))[0, 1].abs() < 0.08
     alpha, sigma = levels(backbone, point.tau)
     noise = ((point.x_tau - alpha * point.x_hat) / sigma).detach()
@@ -306,18 +316,27 @@ def test_tdms_fake_learns_by_snr_up_to_five(backbone):
     assert torch.allclose(found.double(), expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dmd", "swiftbrush"])
+@pytest.mark.parametrize("name", ["dmd", "sid", "swiftbrush"])
 def test_fakes_learn_by_the_error_of_their_output(backbone, name):
-    """Of ε̂, or a flow's velocity: x̂0's times (α / σ)² or 1 / σ²; SwiftBrush's times α² more."""
-    paradigm = make(name, backbone, fake=FAKE)
+    """Of ε̂, or a flow's velocity: x̂0's times (α / σ)² or 1 / σ²; SwiftBrush's times α² more. SiD's is guided."""
+    paradigm = make(name, backbone, cfg=3.0, fake=FAKE)
     found = torch.autograd.grad(paradigm.losses(batch(shift=SHIFTS), 0)["fake"], FAKE.mean)[0]
-    again, x_hat = batch(), paradigm.point.x_hat.detach().double()
-    again.level(), again.uniform(N), again.noise(again.z)  # τ of the scores, the step and x_τ's noise
-    tau = again.level()
-    assert name == "dmd" or not again.draws.chance(0.1)  # of no prompts
+    again, x_hat, c = batch(), paradigm.point.x_hat.detach().double(), SHIFTS[:, 0].double()
+
+    def level():
+        if name == "sid" and backbone.levels.flow:
+            normal = again.draws.normal(N, dtype=torch.float64)
+            return torch.sigmoid(math.log(2) + 1.6 * normal).clamp(0.02, 0.98)
+        return again.level(0.02, 0.98) if name == "sid" else again.level()
+
+    level(), again.uniform(N), again.noise(again.z)  # τ of the scores, the step and x_τ's noise
+    if name == "sid":
+        c = torch.where(again.uniform(N)[:, None] < 0.1, 0, c)
+    tau = level()
+    assert name != "swiftbrush" or not again.draws.chance(0.1)  # of no prompts
     alpha, sigma = levels(backbone, tau)
     x_tau = alpha * x_hat + sigma * again.noise(again.z)
-    fake, slope = prediction(backbone, FAKE, x_tau, tau, SHIFTS[:, 0].double())
+    fake, slope = prediction(backbone, FAKE, x_tau, tau, c, 3.0 if name == "sid" else 1.0)
     weight = (1 if backbone.levels.flow else alpha**2) * (alpha**2 if name == "swiftbrush" else 1) / sigma**2
     pull = 2 * weight * (fake - x_hat)
     expected = ((I.double() - alpha[..., None] * slope).mT @ pull[..., None])[..., 0].sum(0) / (N * D)
@@ -556,50 +575,65 @@ def silence(paradigm):
         nn.init.zeros_(head[-1].bias)
 
 
-def linear_head(paradigm):
-    """D's logit becomes w · (x_t, c) + a bias. Returns the layer."""
-    head = paradigm.roles["discriminator"].module.heads[0] = nn.Linear(2 * D, 1)
-    head.weight.data.copy_(torch.tensor([[1.0, -2.0, 0.5, 0.3, 0.7, -0.4]]))
-    nn.init.constant_(head.bias, 0.2)
-    return head
+def linear_heads(paradigm):
+    """D's logits become w_b · f + 0.2 in all places of block b. Returns the weights of each block, (1, 2 D)."""
+    heads = paradigm.roles["discriminator"].module.heads
+    for i, w in enumerate(([1.0, -2.0, 0.5, 0.3, 0.7, -0.4], [0.6, 0.9, -1.1, -0.5, 0.2, 0.8])):
+        heads[i] = nn.Linear(2 * D, 1)
+        heads[i].weight.data.copy_(torch.tensor([w]))
+        nn.init.constant_(heads[i].bias, 0.2)
+    return [head.weight for head in heads]
 
 
 def seen(backbone, again, x, c):
-    """What a head sees of x, at the batch's next draws; and α there."""
-    alpha, sigma = levels(backbone, 0.75 * again.uniform(N))
-    return torch.cat([alpha * x + sigma * again.noise(x), c], 1), alpha
+    """What heads see of x, at the batch's next draws, (B, 2, 2, 2 D); and how it moves with x, (B, 2, 2, 1)."""
+    t = 0.75 * again.uniform(N)
+    alpha, sigma = levels(backbone, t)
+    return places(alpha * x + sigma * again.noise(x), c, t), slopes(backbone, t)
+
+
+def slopes(backbone, t):
+    """α times the scale of each place."""
+    alpha, _ = levels(backbone, t)
+    one = torch.ones(len(t), 1, dtype=torch.float64)
+    return alpha[..., None, None] * places(one, one[:, :0], t)
 
 
 def test_ladds_gradients_where_logits_are_linear(backbone):
-    """softplus' is a sigmoid; that of SmoothL1 is the error, cut at ±1; R1 is |w|². Of the fakes, one is a real sample
-    with another's prompt."""
+    """softplus' is a sigmoid; that of SmoothL1 is the error, cut at ±1; R1 is Σ_b 2 |w_b / 4|². All four places count
+    alike, each by its own logit. Of the fakes, one is a real sample with another's prompt."""
     student, x0, c = Linear(torch.linalg.cholesky(COV), MEAN), 2 * normal(N, D), SHIFTS[:, 0].double()
     ladd = make("ladd", backbone, steps=4, student=student, recon=0.7, r1=0.3)
-    head, at, again = linear_head(ladd), batch(shift=SHIFTS, x0=x0), batch()
-    losses, w = ladd.losses(at, 0), head.weight.detach()[0].double()
+    heads, at, again = linear_heads(ladd), batch(shift=SHIFTS, x0=x0), batch()
+    losses, w = ladd.losses(at, 0), torch.stack(heads).detach().double()  # (2, 1, 2 D)
     k, x0 = (4 * again.uniform(N)).long(), x0.double()
     x = own_states(backbone, student, at.z, c, 4)[k, torch.arange(N)]
     x_hat = answer(student, x, c)
-    (fooled, alpha), *others = (
+    (fooled, up), *others = (
         seen(backbone, again, y, p) for y, p in ((x_hat, c), (x0, c), (x_hat, c), (x0, c.roll(1, 0)))
     )
-    error, odds = (x_hat - x0).clamp(-1, 1), torch.sigmoid(-fooled @ w - 0.2)[:, None]
+
+    def odds(f, sign=1):
+        return torch.sigmoid(sign * ((f * w).sum(-1, keepdim=True) + 0.2))
+
+    error = (x_hat - x0).clamp(-1, 1)
     assert 0 < (error.abs() == 1).sum() < error.numel()
-    assert reaches(losses["student"], student, -odds * alpha * w[:D] / N + 0.7 * error / (N * D), x)
+    slope = -(odds(fooled, -1) * up * w[..., :D]).mean((1, 2)) / N + 0.7 * error / (N * D)
+    assert reaches(losses["student"], student, slope, x)
     expected = sum(
-        (torch.sigmoid(f @ w + 0.2) - is_real) @ f / N for (f, _), is_real in zip(others, (1, 0, 0), strict=True)
+        ((odds(f) - is_real) * f).sum((0, 2)) / (4 * N) for (f, _), is_real in zip(others, (1, 0, 0), strict=True)
     )
-    found = torch.autograd.grad(losses["discriminator"], head.weight)[0][0]
-    assert torch.allclose(found.double(), expected + 0.3 * 2 * w, rtol=1e-3, atol=1e-5)
+    found = torch.cat(torch.autograd.grad(losses["discriminator"], heads))
+    assert torch.allclose(found.double(), expected + 0.3 * 4 * w[:, 0] / 16, rtol=1e-3, atol=1e-5)
 
 
 def test_adds_gradients_where_logits_are_linear(backbone):
-    """D's hinge takes what lies within its margin; x̂ goes up along α w, and to the guided teacher's answer (in pixels,
+    """D's hinge takes the places within its margin; x̂ goes up along α w, and to the guided teacher's answer (in pixels,
     which are 6 times the latents here) without a way through the teacher. x is another noise, or x0 noised by it."""
     student, x0, c = Linear(torch.linalg.cholesky(COV), MEAN), normal(N, D), SHIFTS[:, 0].double()
     add = make("add", backbone, steps=4, cfg=3.0, student=student, distill=0.7, r1=0.3)
-    head, at, again = linear_head(add), batch(shift=SHIFTS, x0=x0), batch()
-    losses, w = add.losses(at, 0), head.weight.detach()[0].double()
+    heads, at, again = linear_heads(add), batch(shift=SHIFTS, x0=x0), batch()
+    losses, w = add.losses(at, 0), torch.stack(heads).detach().double()  # (2, 1, 2 D)
     k, x0, z = (4 * again.uniform(N)).long(), x0.double(), at.z.roll(1, 0).double()
     alpha_t, sigma_t = levels(backbone, backbone.times(4)[k])
     x = torch.where(k[:, None] == 0, z, alpha_t * x0 + sigma_t * z)
@@ -608,26 +642,52 @@ def test_adds_gradients_where_logits_are_linear(backbone):
     tau = again.uniform(N)
     alpha, sigma = levels(backbone, tau)
     taught, _ = prediction(backbone, backbone.network, alpha * x_hat + sigma * again.noise(x_hat), tau, c, 3.0)
-    slope = -up * w[:D] / N + 0.7 * 2 * 6.0**2 * alpha * (x_hat - taught) / (N * D)
+    slope = -(up * w[..., :D]).mean((1, 2)) / N + 0.7 * 2 * 6.0**2 * alpha * (x_hat - taught) / (N * D)
     assert reaches(losses["student"], student, slope, x)
     real, fake = (seen(backbone, again, y, c)[0] for y in (x0, x_hat))
-    below, above = (real @ w + 0.2 < 1).double(), (fake @ w + 0.2 > -1).double()
+    below = ((real * w).sum(-1, keepdim=True) + 0.2 < 1).double()
+    above = ((fake * w).sum(-1, keepdim=True) + 0.2 > -1).double()
     assert 0 < below.mean() < 1 and 0 < above.mean() < 1
-    found = torch.autograd.grad(losses["discriminator"], head.weight)[0][0]
-    assert torch.allclose(found.double(), (above @ fake - below @ real) / N + 0.3 * 2 * w, rtol=1e-3, atol=1e-5)
+    expected = (above * fake - below * real).sum((0, 2)) / (4 * N) + 0.3 * 4 * w[:, 0] / 16  # R1 as LADD's
+    found = torch.cat(torch.autograd.grad(losses["discriminator"], heads))
+    assert torch.allclose(found.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+class Energy(nn.Module):
+    """A logit ½ |f|²."""
+
+    def forward(self, f):
+        return f.square().sum(-1, keepdim=True) / 2
+
+
+@pytest.mark.parametrize("name", ["ladd", "add"])
+def test_r1_is_taken_at_real_samples(backbone, name):
+    """½ |f|² has gradient f, so the mean over four places has f / 4 in each."""
+    x0, c, again = 2 * normal(N, D), SHIFTS[:, 0].double(), batch()
+
+    def loss(r1):
+        paradigm = make(name, backbone, r1=r1)
+        paradigm.roles["discriminator"].module.heads = nn.ModuleList([Energy(), Energy()])
+        return paradigm.losses(batch(shift=SHIFTS, x0=x0), 0)["discriminator"]
+
+    again.uniform(N), seen(backbone, again, x0, c)  # the step, and of x̂
+    if name == "add":
+        again.uniform(N), again.noise(x0)  # where it is taught
+    real, _ = seen(backbone, again, x0.double(), c)
+    assert (loss(3.0) - loss(0.0)).item() == pytest.approx(3 * real.square().sum().item() / 16 / N, rel=1e-4)
 
 
 def test_add_rests_where_its_two_pulls_balance(backbone):
-    """Distillation pulls by 2 · 6² / D E[α (I − α J)] (x̂ − m − w c), alone it would gather all at the guided mean; a
-    linear head pulls by E[α] times its weight."""
+    """Distillation pulls by 0.4 · 2 · 6² / D E[α (I − α J)] (x̂ − m − w c), alone it would gather all at the guided
+    mean; linear heads pull by their weights times E[α times each place's scale]."""
     student, c, cfg = Linear(), 0.2, 3.0
-    add = make("add", backbone, cfg=cfg, student=student, distill=1.0)
-    head = linear_head(add)
+    add = make("add", backbone, cfg=cfg, student=student, distill=0.4)
+    w = torch.stack(linear_heads(add)).detach().double()
     middles = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     alpha, sigma = levels(backbone, middles)
     _, slope = gaussian(backbone.network, MEAN.double().expand(4000, D), alpha, sigma)
-    back = 2 * 6.0**2 / D * (alpha[..., None] * (I.double() - alpha[..., None] * slope)).mean(0)
-    away = torch.linalg.solve(back, next(levels(backbone, 0.75 * middles)).mean() * head.weight[0, :D].double())
+    back = 0.4 * 2 * 6.0**2 / D * (alpha[..., None] * (I.double() - alpha[..., None] * slope)).mean(0)
+    away = torch.linalg.solve(back, (slopes(backbone, 0.75 * middles) * w[..., :D]).mean((0, 1, 2)))
     assert away.abs().max() > 0.1
     learn(add, student, 300, normal(4096, D, seed=5), data(normal(4096, D, seed=6)), c)
     wanted = MEAN + (cfg - 1) * c + away.float()  # the student adds a c of its own

@@ -47,6 +47,13 @@ class Linear:
         return torch.tensor([0.9, 0.6, -1.0], dtype=torch.float64)
 
 
+class Curved(Linear):
+    """x̂0 = w t c W (x + x² / 2), x² by element: c is the prompt and w its guidance, against an empty prompt of 0."""
+
+    def x0(self, network, x, t, cond, cfg=1.0):
+        return cfg * t[:, None] * cond.embeds[:, 0] * network(x + x.square() / 2)
+
+
 def matrix(w):
     layer = nn.Linear(D, D, bias=False, dtype=torch.float64)
     layer.weight.data.copy_(w)
@@ -82,9 +89,25 @@ def linear():
     return SimpleNamespace(p=paradigm, k_fake=k_fake, k_real=k_real, alpha=alpha, x=x, n=n, random=random)
 
 
-def term(paradigm, tangents, seed=0, **over):
+@pytest.fixture
+def curved(linear):
+    """Those networks where x̂0 knows place, time, prompt and guidance, which differ by sample."""
+    p, n = linear.p, 6
+    x, noise, (t, tau, c) = linear.random(n, D), linear.random(n, D), linear.random(3, n).sigmoid()
+    cond = Condition(c[:, None, None], torch.ones(n, 1))
+    p.backbone, p.cfg = Curved(), 3.0
+
+    def renoise(y):
+        return linear.alpha * p.backbone.x0(p.student, y, t, cond) + 0.6 * noise
+
+    p.point = Point(x, t, p.backbone.x0(p.student, x, t, cond), renoise(x), tau, cond, renoise)
+    linear.n, linear.c = n, c
+    return linear
+
+
+def term(paradigm, tangents, generator=None, **over):
     gad = P.gad.model_copy(update={"lam": 1.0, "every": 1, "normalise": False, "robust": False, **over})
-    return gad_loss(paradigm, tangents, gad, 0, torch.Generator().manual_seed(seed))
+    return gad_loss(paradigm, tangents, gad, 0, generator or torch.Generator().manual_seed(0))
 
 
 def gradient(paradigm, *args, **kwargs):
@@ -123,8 +146,11 @@ def test_robust_map_form_grows_as_a_logarithm(linear):
 def test_directions_are_averaged_and_normalised_by_the_teachers_response(linear):
     one = paths(*(linear.random(1, D) for _ in range(2)), linear.random(D, D))
     plain = term(linear.p, one, form="map", pairs=1)
-    assert torch.allclose(term(linear.p, one, form="map", pairs=1, directions=3), plain)
     assert torch.allclose(term(linear.p, one, form="map", pairs=1, normalise=True), plain / one.jv.square().mean())
+    some, g = paths(*(linear.random(12, D) for _ in range(2)), linear.random(D, D)), torch.Generator().manual_seed(0)
+    draws = torch.stack([term(linear.p, some, g, form="map", pairs=2) for _ in range(3)])
+    assert len(draws.unique()) == 3
+    assert torch.allclose(term(linear.p, some, form="map", pairs=2, directions=3), draws.mean())
 
 
 @pytest.mark.parametrize("scheme", ["forward", "central", "exact"])
@@ -245,7 +271,7 @@ def test_paired_score_form_matches_jacobians_in_the_mean(linear):
 def test_score_form_as_printed_has_no_mean(linear):
     """Each draw has (J_fake − J_real) v on the way from x_τ to the student."""
     paired = linear.alpha * (linear.k_fake - linear.k_real).norm() / D
-    draws = torch.stack([gradient(linear.p, None, seed=s, form="score") for s in range(20)])
+    draws = torch.stack([gradient(linear.p, None, torch.Generator().manual_seed(s), form="score") for s in range(20)])
     error = draws.std(0) / 20**0.5
     assert (draws.mean(0).abs() < 4.5 * error).all()
     assert draws.mean(0).norm() < 0.05 * paired
@@ -254,19 +280,34 @@ def test_score_form_as_printed_has_no_mean(linear):
     assert torch.allclose(draws[0], expected, rtol=1e-4, atol=1e-7)
 
 
-def test_released_form_is_the_published_arithmetic(linear):
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("form", ["score", "paired-score"])
+def test_score_forms_compare_responses_at_x_tau_its_time_and_prompt(curved, form, guided):
+    """J v = w τ c W (1 + x_τ) v of each network; x_τ is α x̂0 of the student at x, its time and the same prompt."""
+    curved.p.guided_fake, point = guided, curved.p.point
+    v = torch.randn(curved.n, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moved = (point.tau * curved.c)[:, None] * (1 + point.x_tau.detach()) * v
+    away = moved @ ((3 if guided else 1) * curved.k_fake - 3 * curved.k_real).T
+    own = (1 + point.x) * v if form == "paired-score" else point.x + point.x.square() / 2
+    expected = curved.alpha * away.T @ ((point.t * curved.c)[:, None] * own) / D / curved.n
+    assert torch.allclose(gradient(curved.p, None, form=form, scheme="exact"), expected, rtol=1e-6)
+
+
+def test_released_form_is_the_published_arithmetic(curved):
     """Its gradient is a sign's, on both ends of the student's difference."""
-    h, point, weight = 0.01, linear.p.point, linear.p.student.weight
-    found = term(linear.p, None, form="released", h=h)
+    h, point, weight = 0.01, curved.p.point, curved.p.student.weight
+    found = term(curved.p, None, form="released", h=h)
     g = torch.Generator().manual_seed(0)
     v = torch.randn(point.x_tau.shape, generator=g, dtype=torch.float64)
     v = v / v.norm(dim=1, keepdim=True)
-    d_student = (linear.p.student(point.x_tau + h * v) - point.x_hat) / h
-    away = v @ (linear.k_real - linear.k_fake).T
-    norm = (d_student - v @ linear.k_real.T).abs().mean(1) + 1e-8
+    at, scale = point.x_tau + h * v, (point.tau * curved.c)[:, None]
+    d_student = (scale * curved.p.student(at + at.square() / 2) - point.x_hat) / h
+    moved = scale * (v + point.x_tau.detach() * v + h * v.square() / 2)
+    away = moved @ (3 * curved.k_real - curved.k_fake).T
+    norm = (d_student - moved @ (3 * curved.k_real).T).abs().mean(1) + 1e-8
     expected = (((away**2 + 1e-6).sqrt() - 1e-3).mean(1) / norm).mean()
     assert torch.allclose(found, expected, rtol=1e-5)
-    slope = (-away / (away**2 + 1e-6).sqrt() / norm[:, None] / (linear.n * D)).detach()
+    slope = (-away / (away**2 + 1e-6).sqrt() / norm[:, None] / (curved.n * D)).detach()
     found, expected = (torch.autograd.grad(x, weight, retain_graph=True)[0] for x in (found, (slope * d_student).sum()))
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-8)
 
@@ -277,12 +318,11 @@ def test_forms_that_need_a_fake_say_so(linear):
         term(linear.p, None, form="score")
 
 
-def test_every_scales_and_skips(linear):
+def test_lam_and_every_scale_and_every_skips(linear):
     gad = P.gad.model_copy(update={"lam": 2.0, "every": 3, "form": "paired-score"})
     values = [gad_loss(linear.p, None, gad, s, torch.Generator().manual_seed(0)) for s in range(4)]
     assert values[1] is None and values[2] is None and torch.equal(values[0], values[3])
-    once = gad_loss(linear.p, None, gad.model_copy(update={"every": 1}), 0, torch.Generator().manual_seed(0))
-    assert torch.allclose(values[0], 3 * once)
+    assert torch.allclose(values[0], 2 * 3 * term(linear.p, None, form="paired-score"))
 
 
 @pytest.mark.parametrize("parts", [2, 4])
