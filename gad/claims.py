@@ -265,13 +265,14 @@ def _overview(found: pd.DataFrame, most: float) -> pd.DataFrame:
         verdicts = rows["verdict"].tolist()
         counts = " / ".join(str(verdicts.count(v)) for v in ("reproduced", "undecided", "not reproduced"))
         nothing_lost = {c.text for c in CLAIMS if c.margin and c.sign}
-        lower = str((rows["high"] < 0).sum()) if claim in nothing_lost else "–"
+        highs = [zeroed(*x)[2] for x in rows[["difference", "low", "high"]].to_numpy()]
+        lower = str(sum(high < 0 for high in highs)) if claim in nothing_lost else "–"
         own = rows.loc[rows["own"], "verdict"].tolist()
         paper = rows["paper"].iloc[0]
         lines.append({
-            "claim": claim, "the paper": paper or "no claim of it", "in the paper's own case":
-            whole(own, most) if own else "–", "rows: reproduced / undecided / not": counts, "lower at all": lower,
-            "as a whole": whole(verdicts, most, claim in every),
+            "claim": claim, "as a whole": whole(verdicts, most, claim in every),
+            "rows: reproduced / undecided / not": counts, "lower at all": lower,
+            "in the paper's own case": whole(own, most) if own else "–", "the paper": paper or "no claim of it",
         })
     return pd.DataFrame(lines)
 

@@ -22,7 +22,7 @@ from .tables import fits, worlds
 
 FIRST = "before_after"
 ORDER = (  # others follow by name
-    "summary", "teachers", "table1", "replicas", "chains", "gradients", *(f"table{i}" for i in range(2, 7))
+    "summary", "teachers", "table1", "means", "replicas", "chains", "gradients", *(f"table{i}" for i in range(2, 7))
 )
 MEASURED = {  # the stages, * for their further blocks, that measure a result; keys of params.yaml that say on how much
     "teachers": ("teacher", "teacher.prompts"),
@@ -38,6 +38,8 @@ MEASURED = {  # the stages, * for their further blocks, that measure a result; k
     "gradients": ("distill*", "distill.clip"),
     "replicas": ("diagnose evaluate*", "evaluation.prompts evaluation.noises evaluation.quality_prompts "
                  "evaluation.trajectory_prompts"),
+    "means": ("diagnose evaluate* use", "evaluation.prompts evaluation.noises evaluation.quality_prompts "
+              "evaluation.trajectory_prompts uses.seeds uses.prompts"),
     "chains": ("nearby chain", "evaluation.prompts evaluation.noises nearby.sizes"),
     "nearby": ("nearby chain evaluate", "evaluation.prompts evaluation.noises nearby.sizes"),
     "layout": ("references use", "uses.layouts uses.evals uses.scale uses.sweep uses.draws"),

@@ -12,7 +12,7 @@ from gad import claims, params, paths, tables
 from gad.evaluation import trajectory
 from gad.evaluation.geometry import bootstrap, compare, local_rows, row, spectral_kl, spectrum, tangents
 from gad.params import Run
-from gad.tables import chains, geometry, gradients, pages, replicas, teachers, trajectories
+from gad.tables import chains, geometry, gradients, means, pages, replicas, teachers, trajectories
 from gad.tangents import Paths, Tangents
 
 
@@ -338,7 +338,7 @@ def test_metrics_have_the_end_of_each_backbones_trajectories(monkeypatch, tmp_pa
     rows = pd.DataFrame(columns=[*STEPS.columns, "map"])
     for module, made in (
         (geometry, rows), (teachers, {}), (pages, {}), (trajectories, STEPS), (chains, rows), (replicas, rows),
-        (gradients, rows),
+        (means, rows), (gradients, rows),
     ):
         monkeypatch.setattr(module, "write", lambda p, made=made: made)
     tables.write(None)

@@ -7,7 +7,7 @@ import pandas as pd
 
 from .. import paths
 from ..params import Params
-from . import chains, geometry, gradients, pages, replicas, teachers, trajectories, uses
+from . import chains, geometry, gradients, means, pages, replicas, teachers, trajectories, uses
 from .common import HYBRID, cell, fit, fits, label, minus, models, read, worlds, zeroed
 from .geometry import SUMMARY
 from .trajectories import is_end
@@ -29,5 +29,5 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
         of = metrics["students"].setdefault(row.backbone, {}).setdefault(row.model, {})
         of[tracked[row.metric]] = float(f"{row.value:.4g}")
     paths.METRICS.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    beside = {t.NAME: t.write(p) for t in (chains, replicas, gradients)}
+    beside = {t.NAME: t.write(p) for t in (chains, replicas, means, gradients)}
     return {"table1": table1, "table4": table4, **beside, **found}

@@ -42,12 +42,13 @@ class Column(NamedTuple):
         return np.mean([f(rows) for f in self.by_seed.values()], 0)
 
 
-def _points(result: dict) -> dict[str, tuple[np.ndarray, Callable]]:
+def points(result: dict) -> dict[str, tuple[np.ndarray, Callable]]:
     """What is compared, point by point, and how it is summed up."""
     found = {key: (np.array(result["endpoint"][key]), SUMMARY[key]) for key in ("cos", "relative", "value")}
-    return found | {
-        "fit": (np.array(fit(result)), mean), "end": (np.array(result["trajectory"]["relative"])[:, -1], mean),
-    }
+    found["fit"] = np.array(fit(result)), mean
+    if "trajectory" in result:
+        found["end"] = np.array(result["trajectory"]["relative"])[:, -1], mean
+    return found
 
 
 def _columns(p: Params) -> dict[tuple[str, str, str], Column]:
@@ -55,17 +56,17 @@ def _columns(p: Params) -> dict[tuple[str, str, str], Column]:
     again, found, columns = {tuple(run)[:3] for run in p.replicas}, {}, {}
     for run in p.runs() + p.replicas:
         if tuple(run)[:3] in again:
-            found.setdefault(tuple(run)[:3], {})[run.seed] = _points(read(paths.result(run)))
+            found.setdefault(tuple(run)[:3], {})[run.seed] = points(read(paths.result(run)))
     for (backbone, paradigm, variant), seeds in found.items():
         base = found.get((backbone, paradigm, p.base_of(variant)), {}) if variant != "base" else {}
-        for seed, points in seeds.items():
-            for key, (x, summary) in points.items():
+        for seed, own in seeds.items():
+            for key, (x, summary) in own.items():
                 prompts = prompts_of(len(x), p.evaluation.noises if key in SUMMARY else 1, 1)
-                own = {label(Run(backbone, paradigm, variant, 0)): _of(x, summary)}
+                named = {label(Run(backbone, paradigm, variant, 0)): _of(x, summary)}
                 if seed in base:
-                    less = _less(x, base[seed][key][0], summary, key == "end")
-                    own[minus_base(p, paradigm, variant)] = less
-                for model, statistic in own.items():
+                    less_base = less(x, summary, base[seed][key][0], key == "end")
+                    named[minus_base(p, paradigm, variant)] = less_base
+                for model, statistic in named.items():
                     columns.setdefault((backbone, model, key), Column({}, prompts)).by_seed[seed] = statistic
     return columns
 
@@ -74,7 +75,8 @@ def _of(x, summary) -> Callable:
     return lambda i: summary(x[i])
 
 
-def _less(x, base, summary, relative) -> Callable:
+def less(x, summary, base, relative=False) -> Callable:
+    """A statistic of rows of points: `x` less `base`, summed up; or its change in units of that."""
     if relative:
         return lambda i: summary(x[i]) / summary(base[i]) - 1
     return lambda i: summary(x[i]) - summary(base[i])
@@ -99,17 +101,29 @@ def together(value: float, over_prompts: float, sd: float, dof: int, n: int) -> 
     return value, value - reach, value + reach
 
 
+def training(p: Params) -> dict[str, tuple[float, int]]:
+    """The standard deviation of a difference between trainings, and its degrees of freedom, by metric; nothing where no
+    student was trained again."""
+    found: dict[str, list] = {}
+    for (_, model, metric), column in _columns(p).items():
+        if _kind(model) == DIFFERENCES:
+            found.setdefault(metric, []).append(column.values)
+    spreads = {metric: spread(columns) for metric, columns in found.items()}
+    return {metric: (sd, dof) for metric, (sd, dof) in spreads.items() if dof}
+
+
+def _kind(model: str) -> str:
+    return DIFFERENCES if " − " in model else STUDENTS
+
+
 def replicas(p: Params) -> pd.DataFrame:
     """Long form: backbone, model, seed, metric, value, low, high. `seed`: a number, or ALL. Of ALL backbones: of the
     models STUDENTS and DIFFERENCES the standard deviation of a training, of MEAN the mean of all differences."""
     n, rows, columns = p.report.bootstrap, [], _columns(p)
 
-    def kind(model):
-        return DIFFERENCES if " − " in model else STUDENTS
-
     for which in (STUDENTS, DIFFERENCES):
         for metric in COLUMNS:
-            own = {k: c for k, c in columns.items() if k[2] == metric and kind(k[1]) == which}
+            own = {k: c for k, c in columns.items() if k[2] == metric and _kind(k[1]) == which}
             sd, dof = spread([c.values for c in own.values()])
             if not dof:
                 continue
@@ -124,19 +138,14 @@ def replicas(p: Params) -> pd.DataFrame:
                     whole = together(each[0], error(each), sd, dof, seeds)
                     rows += records({metric: whole}, **at, seed=ALL)
             if which == DIFFERENCES:
-                rows += records({metric: _mean([*own.items()], sd, dof, n)}, backbone=ALL, model=MEAN, seed=ALL)
+                rows += records({metric: _mean([*own.values()], sd, dof, n)}, backbone=ALL, model=MEAN, seed=ALL)
     return pd.DataFrame(rows, columns=["backbone", "model", "seed", "metric", "value", "low", "high"])
 
 
-def _mean(columns: list[tuple[tuple, Column]], sd, dof, n) -> tuple[float, float, float]:
-    """Of all columns alike: those of one backbone share their prompts, others don't."""
-    errors, values = [], []
-    for backbone in dict.fromkeys(name[0] for name, _ in columns):
-        own = [column for name, column in columns if name[0] == backbone]
-        each = bootstrap(lambda i, own=own: np.mean([c.mean(i) for c in own], 0), own[0].prompts, n)
-        errors.append(error(each) * len(own) / len(columns))
-        values += [np.mean(c.values) for c in own]
-    return together(float(np.mean(values)), np.linalg.norm(errors), sd, dof, sum(len(c.by_seed) for _, c in columns))
+def _mean(columns: list[Column], sd, dof, n) -> tuple[float, float, float]:
+    """Of all columns alike: test prompts are the same for all backbones."""
+    each = bootstrap(lambda i: np.mean([c.mean(i) for c in columns], 0), columns[0].prompts, n)
+    return together(each[0], error(each), sd, dof, sum(len(c.by_seed) for c in columns))
 
 
 def write(p: Params) -> pd.DataFrame:
