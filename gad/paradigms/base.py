@@ -241,7 +241,8 @@ class Adversarial(Paradigm):
         return loss + self.p["r1"] * self.penalty(real) if self.p["r1"] else loss
 
     def penalty(self, features: list[Tensor]) -> Tensor:
-        """R1: squared gradient of the logits with respect to the features of real samples, mean per sample."""
+        """R1: squared gradient of a sample's mean logit with respect to the features of real samples, mean per sample;
+        of n places in all blocks 1/n² of what it is for the sum of logits."""
         features = [f.detach().requires_grad_(True) for f in features]
         gradients = torch.autograd.grad(self.logits(features).mean(1).sum(), features, create_graph=True)
         return sum(g.square().flatten(1).sum(1).mean() for g in gradients)

@@ -25,8 +25,9 @@ def gad_loss(
     map is the product of its steps'; a student that also keeps to the path and matches each step's response matches
     the map's, at a fraction of the cost and without the variance of differentiating through the whole sampler.
     Both learn from stored noises, one direction `v` each: `directions` draws more of those.
-    `score`: `(Δfake − Δreal) ∂x_τ/∂θ` as the paper prints it. `v` is symmetric and independent of x_τ, so its
-    mean over `v` is zero, O(h) with forward differences: kept to measure.
+    `score`: `(Δfake − Δreal) ∂x_τ/∂θ` as the paper prints it, in x̂0-predictions, which differ by σ²/α times as much as
+    scores. `v` is symmetric and independent of x_τ, so its mean over `v` is zero, O(h) with forward differences: kept
+    to measure.
     `paired-score`: the same through the student's own response, whose mean is `⟨J_fake − J_real, ∂_θ J_S⟩_F`.
     `released`: what the published script computes.
 

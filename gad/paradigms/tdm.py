@@ -8,9 +8,9 @@ gives, diffused to τ in (t_{k+1}, t_k), has the teacher's distribution there:
     fake:     min(SNR_τ, 5) · (μ_fake(x_τ) − sg[x̂])²
 
 Choices: each sub-interval has its own noise levels (the authors' `use_separate`); their importance weight, which is
-within a few per cent of one, is left out; one fake step per student step, slower student; β1 is 0.9 (theirs: 0), and
-the first time is the sampler's own (theirs: 899 of 1000); both networks' gradients are clipped and both rates fall
-alike (theirs: the student's alone).
+within a few per cent of one, is left out; one fake step per student step, of the same t_k, τ and noise (theirs: new
+ones), slower student; β1 is 0.9 (theirs: 0), and the first time is the sampler's own (theirs: 899 of 1000); both
+networks' gradients are clipped and both rates fall alike (theirs: the student's alone).
 """
 
 import torch
