@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gad import params, paths
-from gad.tables import HYBRID, means, replicas
+from gad.tables import HYBRID, means
 
 COSINES = {  # by variant: TDM's and LADD's
     "base": (0.4, 0.5), "gad": (0.5, 0.7), "slower": (0.45, 0.5), "slower_gad": (0.6, 0.6), HYBRID: (0.4, 0.6),
@@ -66,11 +66,10 @@ def test_each_comparison_is_its_students_mean(p):
     assert "of prompts alone: no student" in text and "| Table 3: scene accuracy" in text and "nan" not in text
 
 
-def test_training_is_in_the_intervals(p, monkeypatch):
+def test_training_is_in_the_intervals(p):
     """Prompts are all alike here: what is left is training's, of two students, and of twice as many in a difference of
     differences."""
-    monkeypatch.setattr(replicas, "training", lambda p: {"cos": (0.02, 4)})
-    long = means.means(p).set_index(["model", "metric"])
+    long = means.means(p, {"cos": (0.02, 4)}).set_index(["model", "metric"])
     for name, terms in {"GAD − base": 1, "(GAD, half the rate − half the rate) − (GAD − base)": 2}.items():
         row = long.loc[name, "cos"]
         assert row["high"] - row["value"] == pytest.approx(2.776445 * 0.02 * (terms / 2) ** 0.5)

@@ -753,7 +753,7 @@ class Handed(Exception):
     """To the training."""
 
 
-def test_a_run_is_trained_as_its_parameters_say(mini, monkeypatch, tmp_path):
+def test_a_run_is_trained_as_its_parameters_say(monkeypatch, tmp_path):
     """Guidance, steps, rates, decay of the average, hardware; GAD's term, whose draws are the run's seed's."""
     def hand(*args):
         raise Handed(inspect.signature(train).bind(*args).arguments)

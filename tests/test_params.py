@@ -111,7 +111,8 @@ def test_wrong_value(key, value, said, tmp_path):
 @pytest.mark.parametrize("switch, key, value, said", [
     ("shard", "distill.optimiser", "adamw8bit", "8-bit moments cannot be shared out: set distill.optimiser to adamw"),
     ("shard", "gad.scheme", "exact", "exact JVPs need whole networks: set it to false, or gad.scheme to forward"),
-    ("checkpointing", "gad.scheme", "exact", "exact JVPs cannot make activations anew: set it to false, or "),
+    ("checkpointing", "gad.scheme", "exact",
+     "exact JVPs cannot make activations anew: set it to false, or gad.scheme to forward"),
 ])
 def test_what_shares_and_checkpoints_cannot_have(switch, key, value, said):
     data = yaml.safe_load((ROOT / "params.yaml").read_text())

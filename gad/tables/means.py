@@ -64,9 +64,10 @@ def _points(p: Params) -> dict[tuple, dict[str, dict]]:
     return found
 
 
-def means(p: Params) -> pd.DataFrame:
-    """Long form: model (a comparison), students, metric, value, low, high; comparisons of two students or more."""
-    rows, found, again = [], _points(p), replicas.training(p)
+def means(p: Params, training: dict[str, tuple[float, int]]) -> pd.DataFrame:
+    """Long form: model (a comparison), students, metric, value, low, high; comparisons of two students or more.
+    `training`: what `replicas.training` found."""
+    rows, found = [], _points(p)
     for model, pairs in comparisons(p).items():
         needed, measured = {v for pair in pairs for v in pair}, {}
         students = [of for of in found.values() if needed <= of.keys()]
@@ -81,20 +82,20 @@ def means(p: Params) -> pd.DataFrame:
 
             points = len(have[0][pairs[0][0]][key][0])
             prompts = prompts_of(points, p.evaluation.noises if key in SUMMARY else 1, 1)
-            measured[key] = bootstrap(statistic, prompts, p.report.bootstrap)
-            sd, dof = again.get(key, (0.0, 0))
-            if dof and pairs != [(HYBRID, "base")]:
-                value, *_ = measured[key]
-                reach = replicas.error(measured[key])
-                measured[key] = replicas.together(value, reach, sd * len(pairs) ** 0.5, dof, len(have))
+            each = measured[key] = bootstrap(statistic, prompts, p.report.bootstrap)
+            if key in training and pairs != [(HYBRID, "base")]:
+                sd, dof = training[key]
+                sd *= len(pairs) ** 0.5
+                measured[key] = replicas.together(each[0], replicas.error(each), sd, dof, len(have))
         rows += records(measured, model=model, students=len(students))
     return pd.DataFrame(rows, columns=["model", "students", "metric", "value", "low", "high"])
 
 
 def write(p: Params) -> pd.DataFrame:
     """reports/tables/means.csv and .md; returns the long form."""
-    long = means(p)
-    text = ["# Means over students", TEXT.format(training=TRAINING if replicas.training(p) else (
+    training = replicas.training(p)
+    long = means(p, training)
+    text = ["# Means over students", TEXT.format(training=TRAINING if training else (
         "Intervals (95 %) are of prompts alone: no student was trained again."))]
     if len(long):
         titles = {k: v.removesuffix(" ↑").removesuffix(" ↓").format(fits(p)) for k, v in COLUMNS.items()}

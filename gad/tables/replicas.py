@@ -104,16 +104,15 @@ def together(value: float, over_prompts: float, sd: float, dof: int, n: int) -> 
 def training(p: Params) -> dict[str, tuple[float, int]]:
     """The standard deviation of a difference between trainings, and its degrees of freedom, by metric; nothing where no
     student was trained again."""
-    found: dict[str, list] = {}
-    for (_, model, metric), column in _columns(p).items():
-        if _kind(model) == DIFFERENCES:
-            found.setdefault(metric, []).append(column.values)
-    spreads = {metric: spread(columns) for metric, columns in found.items()}
+    columns = _columns(p)
+    spreads = {metric: spread([c.values for c in _alike(columns, DIFFERENCES, metric).values()]) for metric in COLUMNS}
     return {metric: (sd, dof) for metric, (sd, dof) in spreads.items() if dof}
 
 
-def _kind(model: str) -> str:
-    return DIFFERENCES if " − " in model else STUDENTS
+def _alike(columns: dict, which: str, metric: str) -> dict:
+    """Those of one metric that are students, or differences."""
+    kinds = {k: DIFFERENCES if " − " in k[1] else STUDENTS for k in columns}
+    return {k: c for k, c in columns.items() if k[2] == metric and kinds[k] == which}
 
 
 def replicas(p: Params) -> pd.DataFrame:
@@ -123,7 +122,7 @@ def replicas(p: Params) -> pd.DataFrame:
 
     for which in (STUDENTS, DIFFERENCES):
         for metric in COLUMNS:
-            own = {k: c for k, c in columns.items() if k[2] == metric and _kind(k[1]) == which}
+            own = _alike(columns, which, metric)
             sd, dof = spread([c.values for c in own.values()])
             if not dof:
                 continue
