@@ -104,12 +104,12 @@ def distill(
     `cond`: the pool of training prompts; `teacher`: what GAD's output forms learn from; `test`: those the
     probes look at; `samples`: the teacher's, for a paradigm that is `paired`.
     """
-    which, d, hardware, gad = p.backbones[run.backbone], p.distill, p.hardware, p.term(run.variant)
+    which, d, hardware, gad = p.backbones[run.backbone], p.training(run.backbone), p.hardware, p.term(run.variant)
     small = backbone.levels.alpha_sigma(torch.ones(1))[0].item()
     if accelerator.mixed_precision != "no" and small < 0.02 and not backbone.levels.flow:
         print(
             f"distill.precision={d.precision}: {run.backbone} predicts ε and has α = {small:.3f} at its first time, by "
-            "which rounding is divided there: train it in fp32, precision: \"no\"", file=sys.stderr, flush=True,
+            "which rounding is divided there: add it to distill.fp32", file=sys.stderr, flush=True,
         )
     torch.manual_seed(run.seed)  # heads and adapters start alike in every process
     settings = p.settings(run.paradigm, run.variant)
@@ -266,7 +266,7 @@ def save_student(run: Run, p: Params, backbone: Backbone, student, folder: Path)
         "steps": steps, "guidance_scale": call["guidance_scale"],
         "gad": gad.model_dump() if gad else None,
         "training": {"published": published.model_dump()} if published else {
-            "distill": p.distill.identity | {"steps": p.steps(run.paradigm, run.variant)},
+            "distill": p.training(run.backbone).identity | {"steps": p.steps(run.paradigm, run.variant)},
             run.paradigm: p.settings(run.paradigm, run.variant),
         },
     }

@@ -4,10 +4,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test may 
 if "GAD_TEST_CUDA" not in os.environ:  # before torch is: tests compare bits, which are the CPU's
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import signal
 from functools import cache
 
 import pytest
 import torch
+from kernels import warm
 
 from gad.backbones import BACKBONES, MINIATURES
 from gad.world import autoencoder, scenes
@@ -39,6 +41,18 @@ def build(name, **components):
     backbone = BACKBONES[name](pipeline, name)
     perturb(backbone.network)
     return backbone
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    """From here on notebooks' kernels are forked, not started, here and in what is run from here."""
+    process, environment = warm(tmp_path_factory.mktemp("kernels"))
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    yield
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

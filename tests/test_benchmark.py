@@ -206,6 +206,12 @@ def test_bad_input_is_one_line(p, options, message):
     assert "\n" not in str(error.value)
 
 
+def test_backbones_of_several_precisions_are_measured_apart():
+    p = load(**{"distill.precision": "bf16", "distill.fp32": ["pixart"]})
+    with pytest.raises(ValueError, match=r"precision: .*'sana': 'bf16', 'pixart': 'no'.*: give --precision, or one"):
+        benchmark(p, ("sana", "pixart"), miniature=True)
+
+
 def test_gad_needs_a_weight(p):
     with pytest.raises(ValueError, match="lam=0 leaves no GAD to time"):
         benchmark(load(**{"gad.lam": 0}), miniature=True)

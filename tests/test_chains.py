@@ -11,7 +11,7 @@ import torch
 from conftest import build, perturb
 from safetensors.torch import load_file, save_file
 
-from gad import params, paths
+from gad import params, paths, schema
 from gad.evaluation import chains, geometry
 from gad.geometry import jvp
 from gad.stages import chains as stage
@@ -124,7 +124,7 @@ def test_stages(monkeypatch, tmp_path):
 def test_page(monkeypatch, tmp_path):
     for name in ("DATA", "TABLES"):
         monkeypatch.setattr(paths, name, tmp_path / name)
-    only = {f"further.{b}.backbones": ["sana"] for b in params.Further.model_fields}
+    only = {f"further.{b}.backbones": ["sana"] for b in schema.Further.model_fields}
     p = params.load(**{"grid.backbones": ["sana"], "grid.paradigms": ["tdm"], "report.bootstrap": 50, **only,
                        "evaluation.noises": 2, "seeds.distill": [0, 1], "further.replicas.seeds": []})
     paths.nearby("sana").mkdir(parents=True)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gad.stages.diagnosis import in_parts
+from gad.stages.common import in_parts
 
 
 def process(index, of):

@@ -5,15 +5,15 @@ import re
 import pandas as pd
 import pytest
 
-from gad import params, paths
+from gad import params, paths, schema
 from gad.tables import gradients
 
 
 def test_norms_are_of_logged_steps_at_which_the_student_moves(monkeypatch, tmp_path):
     for name in ("DATA", "TABLES"):
         monkeypatch.setattr(paths, name, tmp_path / name)
-    p = params.load(**{f"further.{b}.backbones": ["sana"] for b in params.Further.model_fields},
-                    **{f"further.{b}.paradigms": [] for b in params.Further.model_fields},
+    p = params.load(**{f"further.{b}.backbones": ["sana"] for b in schema.Further.model_fields},
+                    **{f"further.{b}.paradigms": [] for b in schema.Further.model_fields},
                     **{"grid.backbones": ["sana"], "grid.paradigms": ["tdm"], "distill.clip": 3.0})
     for run in p.runs():
         paths.log(run).parent.mkdir(exist_ok=True, parents=True)

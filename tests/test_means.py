@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gad import params, paths
+from gad import params, paths, schema
 from gad.tables import HYBRID, means
 
 COSINES = {  # by variant: TDM's and LADD's
@@ -23,7 +23,7 @@ def result(cos, end=None, scene=1.0):
 def p(monkeypatch, tmp_path):
     for name in ("DATA", "TABLES"):
         monkeypatch.setattr(paths, name, tmp_path / name)
-    only = {f"further.{b}.backbones": [] for b in params.Further.model_fields}
+    only = {f"further.{b}.backbones": [] for b in schema.Further.model_fields}
     only |= {f"grid.{k}": v for k, v in BLOCK.items()} | {"report.bootstrap": 100, "evaluation.noises": 2}
     only |= {f"further.rates.{k}": v for k, v in BLOCK.items()}
     only |= {"further.controls.backbones": ["sana"], "further.controls.variants": ["rkd"]}
@@ -78,6 +78,6 @@ def test_training_is_in_the_intervals(p):
 
 
 def test_without_two_students_there_are_none(p):
-    one = params.load(**{f"further.{b}.backbones": [] for b in params.Further.model_fields}
+    one = params.load(**{f"further.{b}.backbones": [] for b in schema.Further.model_fields}
                       | {"grid.backbones": ["sana"], "grid.paradigms": ["tdm"]})
     assert not len(means.write(one)) and "There are none" in (paths.TABLES / "means.md").read_text()

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from matplotlib import pyplot as plt
 
-from gad import page, params, paths, plots, tables
+from gad import page, params, paths, plots, schema, tables
 from gad.__main__ import main
 from gad.params import ROOT, Run
 from gad.tables import chains, uses
@@ -323,7 +323,7 @@ def test_longer_trained_students_have_a_panel_and_a_line_with_gad_and_one_withou
         return {"endpoint": cos, "quality": {"scene": [0, 1]}, "untrained student": cos}
 
     lengths = {"backbones": ["sana"], "paradigms": ["tdm"], "variants": ["thrice", "thrice_gad"]}
-    blocks = {f"further.{name}.backbones": [] for name in params.Further.model_fields}
+    blocks = {f"further.{name}.backbones": [] for name in schema.Further.model_fields}
     blocks["further.rates.backbones"] = ["sana"]
     del blocks["further.lengths.backbones"]
     found = figure(plots.lengths, results, **blocks, **{"further.lengths": lengths})

@@ -81,6 +81,7 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("backbones.sana.pretrain", {"batch": "8"}, "pretrain.batch='8': input should be a valid integer (write 8, "),
         ("seeds.distill", [], "seeds.distill=[]"),
         ("distill.precision", "int8", "distill.precision='int8'"),
+        ("distill.fp32", ["sdxl"], "distill.fp32: 'sdxl' is not in the backbones section"),
         ("distill.precision", "fp16", "distill.precision='fp16': input should be 'no' or 'bf16'"),
         ("distill.ema", 0, "distill.ema=0: input should be greater than 0"),
         ("teacher.ema", 0.0, "teacher.ema=0.0: input should be greater than 0"),
@@ -259,6 +260,13 @@ def test_blocks_beside_the_grid_make_runs_with_terms_and_steps_of_their_own():
     assert p.settings("tdm", "slower_gad") == p.settings("tdm", "slower") and p.term("slower_gad").lam == p.gad.lam
     assert [p.base_of(v) for v in ("gad", "rkd", "slower", "slower_gad", "longer")] == [*["base"] * 3, "slower", "base"]
     assert p.steps("tdm", "longer") == round(p.distill.steps * p.controls["longer"].longer)
+
+
+def test_a_backbone_may_stay_in_fp32():
+    p = params.load(**{"distill.precision": "bf16", "distill.fp32": ["pixart"]})
+    assert {name: p.training(name).precision for name in p.backbones} == {"sd2": "bf16", "pixart": "no", "sana": "bf16"}
+    alike = params.load()
+    assert p.training("pixart").identity == alike.training("pixart").identity == alike.distill.identity
 
 
 def test_smoke_trains_next_to_nothing():

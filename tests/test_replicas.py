@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 from scipy.stats import chi2
 
-from gad import params, paths, plots
+from gad import params, paths, plots, schema
 from gad.evaluation.geometry import bootstrap
 from gad.params import ParamsError
 from gad.tables import replicas
 
-ONLY = {f"further.{b}.backbones": ["sana"] for b in params.Further.model_fields if b != "replicas"}
+ONLY = {f"further.{b}.backbones": ["sana"] for b in schema.Further.model_fields if b != "replicas"}
 ONLY |= {"grid.backbones": ["sana"], "grid.paradigms": ["tdm"], "report.bootstrap": 200, "evaluation.noises": 2}
 ONLY |= {f"further.replicas.{k}": v for k, v in (("backbones", ["sana"]), ("paradigms", ["tdm"]), ("seeds", [1, 2]))}
 

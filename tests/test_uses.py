@@ -11,7 +11,8 @@ import torch
 from conftest import build, perturb
 from scipy.linalg import sqrtm
 
-from gad import benches, params, paths
+from gad import benches, params, paths, schema
+from gad.backbones.base import Backbone
 from gad.evaluation import diversity, noise_query
 from gad.params import ParamsError
 from gad.stages import uses as stage
@@ -244,9 +245,47 @@ def test_a_student_that_is_its_teacher_is_of_the_same_use(place):
     assert (guided != free).all()  # guidance reaches the images
 
 
+def test_an_interrupted_run_goes_on_with_the_latents_it_has(place, monkeypatch):
+    """With the same bytes in the end, and nothing left on the way; what another student left is not taken."""
+    p, run = place[0], params.Run("sd2", "tdm", "base", 0)
+    whole, files = paths.use(run).read_bytes(), [paths.use(run), paths.use(run).with_suffix(".png")]
+    for file in files:
+        file.unlink()
+    guided, drawn, sample = stage.layout.guided, [], Backbone.sample
+
+    def stopped(*args):
+        if args[-1]:  # the unguided are done
+            raise KeyboardInterrupt
+        return guided(*args)
+
+    def sampled(self, network, z, *rest, **options):
+        drawn.append(len(z))
+        return sample(self, network, z, *rest, **options)
+
+    monkeypatch.setattr(Backbone, "sample", sampled)
+    monkeypatch.setattr(stage.layout, "guided", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        stage.use(run, p)
+    assert drawn and not files[0].exists() and len([*paths.resume("").glob(f"use-{run}-*")]) > 1
+    network = stage.load_network(paths.student(run))
+    bench = stage._Bench("sd2", p, f"use-{run}")
+    drawn.clear()
+    bench.matrix(bench.model(network, 2, 1.0))
+    assert not drawn
+    bench.matrix(bench.model(perturb(network), 2, 1.0))
+    assert drawn
+    drawn.clear()
+    monkeypatch.setattr(stage.layout, "guided", guided)
+    stage.use(run, p)
+    query, hybrid = len(bench.prompts), p.uses.seeds * len(bench.prompts)
+    assert sum(drawn) < 2 * hybrid + query + p.uses.query * p.uses.library  # all but the matrix
+    assert paths.use(run).read_bytes() == whole and files[1].exists()
+    assert {f.name for f in paths.resume("").glob("use-*")} == {bench.works[-1].name}
+
+
 def test_a_student_deaf_to_its_noise_is_of_no_use_and_half_deaf_of_some(place):
     p, teacher, _ = place
-    bench = stage._Bench("sd2", p)
+    bench = stage._Bench("sd2", p, "test")
     library = json.loads((bench.folder / "library.json").read_text())
     its = {kind: stage.seeds.Classifier.load(bench.folder / f"{kind}.safetensors") for kind in stage.KINDS}
     model = bench.model(bench.backbone.network, 2, 1.0)
@@ -293,7 +332,7 @@ def result(vendi=3.0, shift=1.0, ap=0.5):
 
 SMALL = {
     "grid.backbones": ["sana"],
-    **{f"further.{b}.backbones": ["sana"] for b in params.Further.model_fields},
+    **{f"further.{b}.backbones": ["sana"] for b in schema.Further.model_fields},
     "report.bootstrap": 50,
 }
 

@@ -117,7 +117,11 @@ def benchmark(
     What does not fit in memory has a row that says so. Raises ValueError for what cannot be measured.
     """
     batch = p.distill.batch if batch is None else batch
-    precision = p.distill.precision if precision is None else precision
+    if precision is None:
+        own = {name: p.training(_family(name)).precision for name in backbones}
+        if len(set(own.values())) > 1:
+            raise ValueError(f"precision: backbones train in several ({own}): give --precision, or one of them")
+        precision = own[backbones[0]] if own else p.distill.precision
     checkpointing = p.hardware.checkpointing if checkpointing is None else checkpointing
     _check(p, backbones, paradigms, blocks, batch, precision, miniature, gpus, tflops)
     own = {k: Schedule(p.steps(k, "base"), p.distill.batch, "params.yaml") for k in GRID[1]}

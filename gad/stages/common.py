@@ -3,7 +3,10 @@
 import hashlib
 import importlib.util
 import json
+import os
 import sys
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from safetensors.torch import load_file, save_file
 
 from .. import geometry, paths
 from ..backbones import Backbone, Condition, load
@@ -80,6 +84,32 @@ def fingerprint(backbone: Backbone) -> str:
         if isinstance(module, torch.nn.Module):
             add_weights(found, module)
     return found.hexdigest()
+
+
+def in_parts(
+    make: Callable[[slice], dict[str, torch.Tensor]], n: int, batch: int, work: Path, accelerator
+) -> dict[str, torch.Tensor] | None:
+    """`make` of all of range(n), `batch` at a time, as one; None on processes beside the main one. Each makes its share
+    of the parts and leaves them in `work`, where a later call finds them."""
+    work.mkdir(parents=True, exist_ok=True)
+    parts = {work / f"{i}.safetensors": slice(i, i + batch) for i in range(0, n, batch)}
+    mine = [*parts][accelerator.process_index::accelerator.num_processes]
+    todo = [file for file in mine if not file.exists()]
+    began = told = time.monotonic()
+    for k, file in enumerate(todo):
+        made = {name: x.cpu().contiguous() for name, x in make(parts[file]).items()}
+        partial = file.with_suffix(f".part{accelerator.process_index}")
+        save_file(made, partial)
+        os.replace(partial, file)  # whole or not there
+        if accelerator.is_main_process and time.monotonic() - told > 30:
+            told = time.monotonic()
+            eta = (told - began) / (k + 1) * (len(todo) - k - 1)
+            print(f"{work.name}: step {k + 1}/{len(todo)}, {eta / 60:.1f} min to go", file=sys.stderr, flush=True)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return None
+    found = [load_file(file) for file in parts]
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
 def write_json(path: Path, data) -> Path:

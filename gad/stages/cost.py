@@ -40,7 +40,7 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
     many steps as a cycle of all that takes turns is long."""
     if blocks < 1:
         raise ValueError(f"blocks={blocks} is too few: give 1 or more, of which an interval needs several")
-    accelerator, paradigms = prepare(p, p.distill.precision), {name: find(name) for name in p.paradigms}
+    accelerator, paradigms = prepare(p, p.training(backbone).precision), {name: find(name) for name in p.paradigms}
     model, cond, tangents, samples = materials(accelerator.device, backbone, p)
     which = p.backbones[backbone]
     terms = {"base": None, "gad": p.gad, "every": p.gad.model_copy(update={"every": 4})}

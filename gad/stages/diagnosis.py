@@ -1,14 +1,8 @@
 """What a student could learn of its teacher, and what a measurement can see."""
 
-import os
 import shutil
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from .. import paths
 from ..evaluation import geometry, precision
@@ -17,7 +11,7 @@ from ..params import Params
 from ..tangents import Paths, Samples, Tangents
 from ..training import identity_key
 from ..worlds import world_of
-from .common import fingerprint, placed, prepare, write_csv, write_json
+from .common import fingerprint, in_parts, placed, prepare, write_csv, write_json
 
 
 def diagnose(backbone: str, p: Params) -> dict:
@@ -104,32 +98,6 @@ def diagnose(backbone: str, p: Params) -> dict:
         shutil.rmtree(work)
     shown = {k: geometry.SUMMARY[k] for k in ("cos", "ratio", "relative")}
     return {name: {k: float(summary(r[k])) for k, summary in shown.items()} for name, r in floors.items()}
-
-
-def in_parts(
-    make: Callable[[slice], dict[str, torch.Tensor]], n: int, batch: int, work: Path, accelerator
-) -> dict[str, torch.Tensor] | None:
-    """`make` of all of range(n), `batch` at a time, as one; None on processes beside the main one. Each makes its share
-    of the parts and leaves them in `work`, where a later call finds them."""
-    work.mkdir(parents=True, exist_ok=True)
-    parts = {work / f"{i}.safetensors": slice(i, i + batch) for i in range(0, n, batch)}
-    mine = [*parts][accelerator.process_index::accelerator.num_processes]
-    todo = [file for file in mine if not file.exists()]
-    began = told = time.monotonic()
-    for k, file in enumerate(todo):
-        made = {name: x.cpu().contiguous() for name, x in make(parts[file]).items()}
-        partial = file.with_suffix(f".part{accelerator.process_index}")
-        save_file(made, partial)
-        os.replace(partial, file)  # whole or not there
-        if accelerator.is_main_process and time.monotonic() - told > 30:
-            told = time.monotonic()
-            eta = (told - began) / (k + 1) * (len(todo) - k - 1)
-            print(f"{work.name}: step {k + 1}/{len(todo)}, {eta / 60:.1f} min to go", file=sys.stderr, flush=True)
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return None
-    found = [load_file(file) for file in parts]
-    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
 def _unseen(teacher, world, times, which, e, seed, path):

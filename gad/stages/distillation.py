@@ -16,13 +16,13 @@ from .common import placed, prepare, write_csv
 
 def distill(run: Run, p: Params, track: str | None = None) -> dict:
     """Train student `run`; its folder, log and probes. `track`: a tracker's name, see `prepare`."""
-    accelerator = prepare(p, p.distill.precision, track)
+    accelerator = prepare(p, p.training(run.backbone).precision, track)
     if track:
         # A place for each student; DVCLive leaves DVC's own files alone.
         live = {"dir": str(paths.tracking() / "dvclive" / str(run)), "dvcyaml": None, "save_dvc_exp": False}
         own = {"dvclive": live, "wandb": {"name": str(run), "dir": str(paths.tracking())}}
         name = str(run) if track == "tensorboard" else "gad"  # W&B's is the project's
-        accelerator.init_trackers(name, {"run": str(run), **p.distill.identity}, own)
+        accelerator.init_trackers(name, {"run": str(run), **p.training(run.backbone).identity}, own)
     made, _ = student(run, p, paths.student(run), paths.resume(str(run)), accelerator)
     accelerator.end_training()
     if not made:
@@ -46,7 +46,8 @@ def student(run: Run, p: Params, folder, work, accelerator):
         samples = Samples.load(endpoints / "samples.safetensors", backbone) if paradigm.paired else None
     term = p.term(run.variant)
     config = {
-        "run": list(run), "distill": p.distill.identity, "paradigm": p.settings(run.paradigm, run.variant),
+        "run": list(run), "distill": p.training(run.backbone).identity,
+        "paradigm": p.settings(run.paradigm, run.variant),
         "backbone": p.backbones[run.backbone].model_dump(), "teacher": _digest(endpoints / "train.safetensors"),
         "gad": term.model_dump() if term else None, "steps": p.steps(run.paradigm, run.variant),
         "code": _code(training, students, geometry, diffusion, base, forms, *map(inspect.getmodule, (

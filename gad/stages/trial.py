@@ -37,7 +37,7 @@ def trial(run: Run, p: Params, settings: dict, prompts: int = 128, noises: int =
     which, seed, world = p.backbones[run.backbone], p.seeds.world + TRIAL, world_of(run.backbone, p)
     work = paths.resume(f"trial-{run}-{identity_key(p.model_dump())[:8]}")  # trials may run side by side
     began = time.monotonic()
-    (log, _), backbone = student(run, p, work / "student", work, prepare(p, p.distill.precision))
+    (log, _), backbone = student(run, p, work / "student", work, prepare(p, p.training(run.backbone).precision))
     seconds = time.monotonic() - began
     network = load_network(work / "student").to(backbone.device)
     row = {

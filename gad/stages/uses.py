@@ -1,5 +1,9 @@
-"""What a model's noise is good for: Tables 2, 3, 5 and 6 and Figure 5, of teachers and of students."""
+"""What a model's noise is good for: Tables 2, 3, 5 and 6 and Figure 5, of teachers and of students.
 
+Latents, whose sampling takes nearly all of the time, are made in parts, with which an interrupted run goes on.
+"""
+
+import hashlib
 import shutil
 from dataclasses import dataclass
 
@@ -8,14 +12,15 @@ import torch
 from torchvision.utils import save_image
 
 from .. import paths, tables
-from ..backbones import Backbone, load_network
+from ..backbones import load_network
 from ..benches import BENCHES, LAYOUTS, small
+from ..embeddings import add_weights
 from ..evaluation import diversity, layout, noise_query, seeds
 from ..evaluation.geometry import rounded
 from ..params import Params, Run
+from ..training import identity_key
 from ..world import judge as judges
-from ..world import teacher as teachers
-from .common import placed, prepare, write_json
+from .common import fingerprint, in_parts, placed, prepare, write_json
 
 KINDS = ("linear", "cnn")
 FIT = ("scene", "pickscore")  # how well an image fits, beside CLIP, in the one world or the other
@@ -33,35 +38,64 @@ def judge(p: Params) -> dict:
 
 @dataclass(frozen=True)
 class _Model:
-    """One model as the tables see it: how it draws from given noises, `batch` at a time."""
+    """One model as the tables see it: how it draws from given noises."""
 
-    backbone: Backbone
+    bench: "_Bench"
     network: torch.nn.Module
     steps: int
     cfg: float
-    batch: int
     first: tuple | None = None
 
+    @torch.no_grad()
     def draw(self, z, prompts: list[str]) -> torch.Tensor:
-        """Images (n, 3, H, W) of n noises and prompts."""
-        made = self.backbone, self.network, z, prompts, self.steps, self.cfg, self.batch
-        return teachers.draw(*made, first=self.first).cpu()
+        """Images (n, 3, H, W), on the CPU, of n noises and prompts."""
+        backbone, batch = self.bench.backbone, self.bench.world.batch
+        cond = backbone.encode(prompts, device="cpu")
+
+        def part(j):
+            own = cond[j].to(z.device)
+            return backbone.sample(self.network, z[j], own, self.steps, self.cfg, first=self.first)
+
+        latents = self.kept(part, z, batch, prompts)
+        return torch.cat([backbone.decode(x.to(z.device)).cpu() for x in latents.split(batch)])
+
+    def kept(self, part, z, batch, *own) -> torch.Tensor:
+        """Latents, on the CPU, that `part` makes of noises z, `batch` at a time; `own`: what else they depend on."""
+        known = hashlib.sha256(z.cpu().contiguous().numpy().tobytes())
+        add_weights(known, self.network)
+        first = self.first and self.first[1]
+        return self.bench.kept(part, len(z), batch, known.hexdigest(), self.steps, self.cfg, first, *own)
 
 
 class _Bench:
-    """What all models of a backbone are measured on and by."""
+    """What all models of a backbone are measured on and by. `work`: the name of what is kept on the way."""
 
-    def __init__(self, name: str, p: Params):
-        self.p, self.u, device = p, p.uses, prepare(p).device
+    def __init__(self, name: str, p: Params, work: str):
+        self.p, self.u, self.accelerator = p, p.uses, prepare(p)
+        if (n := self.accelerator.num_processes) > 1:
+            raise ValueError(f"{work} is made by one process, not {n}: start it by `python -m gad`")
+        device = self.accelerator.device
         self.which, self.folder = p.backbones[name], paths.references(name)
         self.backbone = placed(device, name, p)
         self.world = BENCHES[self.which.world](name, p, device)
         self.prompts, self.texts = self.world.prompts, self.world.texts(self.world.prompts)
         # The library; its first are the seeds.
         self.noises = self.backbone.noise(max(self.u.library, self.u.seeds), p.seeds.world + 22)
+        self.work, self.weights, self.works = work, fingerprint(self.backbone), []
 
     def model(self, network, steps: int, cfg: float, first: tuple | None = None) -> _Model:
-        return _Model(self.backbone, network, steps, cfg, self.world.batch, first)
+        return _Model(self, network, steps, cfg, first)
+
+    def kept(self, part, n: int, batch: int, *own) -> torch.Tensor:
+        """`part` of all of range(n), `batch` at a time, as one; what an interrupted run made of it is there."""
+        key = identity_key((self.weights, self.p.threads, batch, *own))
+        self.works.append(paths.resume(f"{self.work}-{key[:16]}"))
+        return in_parts(lambda j: {"x": part(j)}, n, batch, self.works[-1], self.accelerator)["x"]
+
+    def done(self):
+        """Forget what was kept."""
+        for work in self.works:
+            shutil.rmtree(work, ignore_errors=True)
 
     def matrix(self, model) -> torch.Tensor:
         """Images (S, P, 3, H, W): every seed under every prompt."""
@@ -75,7 +109,7 @@ class _Bench:
 
 def references(backbone: str, p: Params) -> dict:
     """The teacher's side, once a backbone: its own measures, classifiers of its seeds, and its library of noises."""
-    bench = _Bench(backbone, p)
+    bench = _Bench(backbone, p, f"references-{backbone}")
     model = bench.model(bench.backbone.network, bench.which.teacher_steps, bench.which.cfg)
     bench.folder.mkdir(parents=True, exist_ok=True)
     images = bench.matrix(model)
@@ -94,12 +128,13 @@ def references(backbone: str, p: Params) -> dict:
         out["world"] = _images(bench, bench.world.real)
     write_json(bench.folder / "teacher.json", rounded(out))
     _show(images, bench.folder / "teacher.png")
+    bench.done()
     return _told(out)
 
 
 def use(run: Run, p: Params) -> dict:
     """The same measures of student `run`, and of a base student's images with the hybrid sampler."""
-    bench = _Bench(run.backbone, p)
+    bench = _Bench(run.backbone, p, f"use-{run}")
     teacher, which = bench.backbone, bench.which
     student, steps = load_network(paths.student(run)).to(teacher.device), p.student_steps(run)
     classifiers = {kind: seeds.Classifier.load(bench.folder / f"{kind}.safetensors") for kind in KINDS}
@@ -112,6 +147,7 @@ def use(run: Run, p: Params) -> dict:
         out["hybrid"] = _of_images(bench, bench.matrix(hybrid), classifiers)
     write_json(paths.use(run), rounded(out))
     _show(images, paths.use(run).with_suffix(".png"))
+    bench.done()
     return _told(out)
 
 
@@ -188,12 +224,13 @@ def _layout(bench, model) -> dict:
     evals = 2 * u.evals // len(times)  # as many for students of one step
 
     def measured(boxes, scale):
-        latents = [
-            layout.guided(backbone, model.network, z[i:i + size], cond[i:i + size], tokens[i:i + size],
-                          boxes[i:i + size], model.steps, model.cfg, times, evals if scale else 0, scale)
-            for i in range(0, len(z), size)
-        ]
-        images = backbone.decode(torch.cat(latents), 2 * size).cpu()
+        def part(j):
+            return layout.guided(backbone, model.network, z[j], cond[j], tokens[j], boxes[j], model.steps, model.cfg,
+                                 times, evals if scale else 0, scale)
+
+        where = [b.tolist() for b in boxes]
+        latents = model.kept(part, z, size, laid.captions, tokens, where, times.tolist(), evals, scale)
+        images = backbone.decode(latents.to(z.device), 2 * size).cpu()
         found = world.detect(images, laid.names)
         return {
             **layout.score(found, laid.names, laid.boxes, world.sure),
