@@ -28,8 +28,8 @@ def execute(source: Path, target: Path, parameters: dict):
     _check(source, notebook, parameters, p)
     os.environ.update(environment(p.threads))
     os.environ.pop("MPLBACKEND", None)  # figures go inline
+    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema's check of IRIs, of which there are none: 2 s
     import papermill
-    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
@@ -52,7 +52,7 @@ def execute(source: Path, target: Path, parameters: dict):
     except PapermillExecutionError as error:
         last = (str(error.evalue).strip().splitlines() or [""])[-1]
         raise PipelineError(f"{error.ename}: {last} {kept}") from None
-    except DeadKernelError:
+    except RuntimeError:  # nbclient's, and jupyter_client's of one that never answered
         raise PipelineError(f"the kernel of {source.name} died, perhaps out of memory {kept}") from None
     running.unlink()
     target.parent.mkdir(parents=True, exist_ok=True)

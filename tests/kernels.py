@@ -1,5 +1,5 @@
 """Kernels forked from one process that has imported what stages import, which takes longer than most of them do at
-smoke size. `python kernels.py serve SOCKET`; `python kernels.py start SOCKET CONNECTION_FILE` in a kernel's place.
+smoke size. `python kernels.py serve SOCKET`; `python kernels.py start SOCKET ARGUMENTS` in a kernel's place.
 
 Each kernel has its own environment, folder, streams and `gad`, as one that starts by itself; `make smoke` has those.
 """
@@ -44,16 +44,16 @@ def _become(client):
     os.environ.clear()
     os.environ.update(asked["environment"])
     sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    sys.argv = ["ipykernel_launcher", "-f", asked["file"]]
+    sys.argv = ["ipykernel_launcher", *asked["arguments"]]
     sys.modules["ipykernel.kernelapp"].launch_new_instance()
     os._exit(0)
 
 
-def start(path: str, file: str):
+def start(path: str, *arguments: str):
     with socket.socket(socket.AF_UNIX) as client:
         while client.connect_ex(path):  # it is still importing
             time.sleep(0.1)
-        asked = {"folder": os.getcwd(), "environment": dict(os.environ), "file": file}
+        asked = {"folder": os.getcwd(), "environment": dict(os.environ), "arguments": arguments}
         socket.send_fds(client, [json.dumps(asked).encode()], [0, 1, 2])
         client.sendall(b"\n")
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -62,10 +62,13 @@ def start(path: str, file: str):
 
 def warm(folder: Path) -> tuple[subprocess.Popen, dict[str, str]]:
     """The process that forks kernels, and the environment in which Jupyter starts them so."""
+    from ipykernel.kernelspec import get_kernel_dict  # not there for `start`, which is to be quick
+
     path, spec = folder / "kernels", folder / "share/kernels/python3/kernel.json"
     spec.parent.mkdir(parents=True)
-    argv = [sys.executable, "-S", "-E", __file__, "start", str(path), "{connection_file}"]
-    spec.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
+    # Critical: one without a parent of its own says how to connect to it.
+    argv = [sys.executable, "-S", "-E", __file__, "start", str(path), "-f", "{connection_file}", "--log-level=50"]
+    spec.write_text(json.dumps(get_kernel_dict() | {"argv": argv}))
     root = Path(__file__).resolve().parent.parent
     own = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "TOKENIZERS_PARALLELISM": "false",
            "TQDM_DISABLE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}

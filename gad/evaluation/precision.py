@@ -18,16 +18,21 @@ WEIGHT_NOISE = (0.003, 0.03, 0.1, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)  # of known
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def low_precision_response(f, x, v, h, dtype, scheme="forward"):
-    """A difference as it comes out when the input is stored and the network runs in `dtype` (autocast): just
-    what `gad.geometry` avoids. fp32 is plain arithmetic."""
-    def run(y):
+def lowered(f, dtype):
+    """`f` as it comes out when its input is stored and the network runs in `dtype` (autocast): just what `gad.geometry`
+    avoids. fp32 is plain arithmetic."""
+    def run(x):
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return f(y.to(dtype).float()).float()
+            return f(x.to(dtype).float()).float()
 
+    return run
+
+
+def difference(f, x, v, h, scheme="forward", base=None):
+    """`f`'s along v over h; `base` is f(x), where it is known."""
     if scheme == "central":
-        return (run(x + h * v) - run(x - h * v)) / (2 * h)
-    return (run(x + h * v) - run(x)) / h
+        return (f(x + h * v) - f(x - h * v)) / (2 * h)
+    return (f(x + h * v) - (f(x) if base is None else base)) / h
 
 
 def _maps(backbone, network, cond, batch, cfg=1.0):
@@ -51,9 +56,11 @@ def sweep(backbone: Backbone, test, cfg: float, batch: int) -> pd.DataFrame:
     exact = tangents(output, x_t, test.v, test.cond, batch)[1]
     rows = []
     for name, dtype in DTYPES.items():
+        low = lowered(f, dtype)
+        base = low(x_t)
         for scheme in ("forward", "central"):
             for h in STEPS:
-                got = compare(low_precision_response(f, x_t, test.v, h, dtype, scheme), exact)
+                got = compare(difference(low, x_t, test.v, h, scheme, base), exact)
                 rows.append(
                     {"precision": name, "scheme": scheme, "h": h, "cos": got["cos"].mean().item(),
                      "relative": got["relative"].sqrt().mean().item()}
@@ -67,22 +74,30 @@ def known_students(backbone: Backbone, test, seed: int, batch: int) -> pd.DataFr
     columns as the released setting measures them."""
     x_t = backbone.add_noise(test.x0, test.z, TIME.expand(len(test)))
     sphere = test.v / test.v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    settings = {
+        "released": (sphere, 1e-2, torch.float16),
+        "released_element": (test.v, PUBLISHED, torch.float16),
+        "ours": (test.v, 1e-2, torch.float32),
+    }
+
+    def measured(network):
+        """Its exact tangents, and its differences by name."""
+        output, f = _maps(backbone, network, test.cond, batch)
+        found = {name: difference(lowered(f, dtype), x_t, v, h) for name, (v, h, dtype) in settings.items()}
+        return tangents(output, x_t, test.v, test.cond, batch)[1], found
+
+    exact_t, found_t = measured(backbone.network)
     rows = []
     for noise in WEIGHT_NOISE:
         student = copy.deepcopy(backbone.network)
         generator = torch.Generator().manual_seed(seed)
         for w in student.parameters():
             w += noise * w.std(correction=0) * torch.randn(w.shape, generator=generator).to(w.device)
-        maps = [_maps(backbone, n, test.cond, batch) for n in (student, backbone.network)]
-        exact = [tangents(output, x_t, test.v, test.cond, batch)[1] for output, _ in maps]
-        known = row(exact[0], exact[0], exact[1], exact[1])
+        exact, found = measured(student)
+        known = row(exact, exact, exact_t, exact_t)
         entry = {"weight_noise": noise, "exact_cos": sum(known["cos"]) / len(known["cos"])}
-        for name, v, h, dtype in (
-            ("released", sphere, 1e-2, torch.float16),
-            ("released_element", test.v, PUBLISHED, torch.float16),
-            ("ours", test.v, 1e-2, torch.float32),
-        ):
-            s, t = (low_precision_response(f, x_t, v, h, dtype) for _, f in maps)
+        for name, s in found.items():
+            t = found_t[name]
             got = row(s, s, t, t)
             entry |= {f"{name}_{k}": sum(got[k]) / len(got[k]) for k in ("cos", "ratio", "mse")}
             spectra = [pd.DataFrame(got[k]).to_numpy() for k in ("spectrum", "teacher_spectrum")]
