@@ -27,7 +27,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
-reproduce: install ## every table and figure; JOBS=2 stages at a time; FRESH=students or FRESH=all: run those anew
+reproduce: install ## every table and figure; JOBS=2 stages at a time; FRESH=grid, students or all: run those anew
 	$(BIN)/python -m gad.pipeline reproduce --jobs $(JOBS) $(FRESH_OPTION)
 
 test: install ## all tests

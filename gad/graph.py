@@ -28,8 +28,9 @@ ALONE = {  # no blocks beside the grid
     "rates": {"variants": []}, "lengths": {"variants": []}, "baseline_maps": {"variants": []},
     "replicas": {"seeds": []},
 }
-FRESH = {
+FRESH = {  # each has all of the one before
     None: (),
+    "grid": STUDENTS,  # the paper's: of the grid and its baselines
     "students": STUDENTS,
     "all": ("autoencoder", "judge", "teacher", "diagnose", "nearby", "references", *STUDENTS, "tables", "figures",
             "page"),
@@ -47,10 +48,10 @@ class PipelineError(RuntimeError):
 def reproduce(jobs: int = 2, fresh: str | None = None):
     """Fetch what ships, then run what is missing or changed, `jobs` stages side by side.
 
-    `fresh`: "students" or "all" runs those stages again although nothing changed; interrupted, the next call
+    `fresh`: "grid", "students" or "all" runs those stages again although nothing changed; interrupted, the next call
     goes on with them. Raises PipelineError when a stage failed; what does not depend on it still ran.
     """
-    p = load()  # a mistake in params.yaml shows before anything runs
+    load()  # a mistake in params.yaml shows before anything runs
     _without_outputs()
     parents = _parents()
     changed, missing, lost, altered = _status()
@@ -61,7 +62,7 @@ def reproduce(jobs: int = 2, fresh: str | None = None):
         _dvc("pull", "--allow-missing", *(sorted(fetch) if changed and not altered else ()), check=False)
         changed, missing, lost, altered = _status()
         changed |= altered
-    forced = _forced(fresh, parents, p)
+    forced = _forced(fresh, parents)
     todo = _closure(changed | lost | forced, parents, missing)
     failed = _run([s for s in parents if s in todo], parents, forced, jobs) if todo else []
     if failed:
@@ -119,16 +120,20 @@ def _status() -> tuple[set[str], set[str], set[str], set[str]]:
     return changed, missing, lost, altered
 
 
-def _forced(fresh, parents, p) -> set[str]:
+def _forced(fresh, parents) -> set[str]:
     """Stages to run although unchanged: those of `fresh`, or those an interrupted run still owes."""
     begun, *owed = PENDING.read_text().split() if PENDING.exists() else (None,)
-    if begun and (begun == "all" or fresh != "all"):
+    order = [*FRESH]
+    if begun and order.index(fresh) <= order.index(begun):
         print(f"going on with FRESH={begun}, which was interrupted (rm {PENDING} forgets it)")
         return set(owed) & set(parents)
     forced = {s for s in parents if _group(s) in FRESH[fresh]}
+    if fresh == "grid":
+        forced = {s for s in forced if re.fullmatch(r"\w+(-baselines)?", s.partition("@")[0])}
     if fresh:  # training must not go on from what an earlier run left
+        names = {s.partition("@")[2] for s in forced if "@" in s}
         for found in PENDING.parent.glob("*"):
-            if fresh == "all" or any(str(run) in found.name for run in p.runs() + p.replicas):
+            if fresh == "all" or any(name in found.name for name in names):
                 shutil.rmtree(found, ignore_errors=True)
     _owe(forced, fresh)
     return forced

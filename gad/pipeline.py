@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
             command = commands.add_parser(name, help=text)
             command.add_argument("--jobs", type=_positive, default=2, help="stages side by side (2)")
             if name == "reproduce":
-                command.add_argument("--fresh", choices=("students", "all", "1"), help="run them again")
+                command.add_argument("--fresh", choices=("grid", "students", "all", "1"), help="run them again")
             if name == "demo":
                 command.add_argument("--backbone", help="of the students (the grid's last)")
     args = parser.parse_args(argv)

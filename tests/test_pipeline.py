@@ -237,22 +237,34 @@ def test_teachers_wait_for_captions(monkeypatch):
 
 
 def test_interrupted_fresh_run_goes_on(own_place, capsys):
-    p = params.load()
     names = ("teacher@sd2", "distill@sd2-tdm-gad-0", "evaluate@sd2-tdm-gad-0", "tables")
     parents = {name: set() for name in names}
     (own_place / "data/.resume/sd2-tdm-gad-0").mkdir(parents=True)
     (own_place / "data/.resume/teacher-sd2").mkdir()
     students = {"distill@sd2-tdm-gad-0", "evaluate@sd2-tdm-gad-0"}
-    assert graph._forced("students", parents, p) == students
+    assert graph._forced("students", parents) == students
     assert [f.name for f in (own_place / "data/.resume").iterdir() if f.is_dir()] == ["teacher-sd2"]
     graph._owe({"evaluate@sd2-tdm-gad-0"})  # the first one is done; then the machine stops
     for again in (None, "students"):
-        assert graph._forced(again, parents, p) == {"evaluate@sd2-tdm-gad-0"}
+        assert graph._forced(again, parents) == {"evaluate@sd2-tdm-gad-0"}
         assert f"(rm {own_place}/data/.resume/fresh forgets it)" in capsys.readouterr().out  # from any folder
-    assert graph._forced("all", parents, p) == {"teacher@sd2", *students, "tables"}  # is more than what was begun
-    assert graph._forced("students", parents, p) == {"teacher@sd2", *students, "tables"}  # and has all of this
+    assert graph._forced("all", parents) == {"teacher@sd2", *students, "tables"}  # is more than what was begun
+    assert graph._forced("students", parents) == {"teacher@sd2", *students, "tables"}  # and has all of this
     graph._owe(set())
-    assert graph._forced(None, parents, p) == set()
+    assert graph._forced(None, parents) == set()
+
+
+def test_the_papers_students_can_be_made_anew_alone(own_place):
+    theirs = {f"{stage}@sana-tdm-gad-0" for stage in ("distill", "chain", "use")} | {"use-baselines@sd2-add-base-0"}
+    beside = {"distill-controls@pixart-tdm-rkd-0", "distill-replicas@sana-tdm-gad-1", "evaluate-published@sd2-x-base-0"}
+    parents = {name: set() for name in (*theirs, *beside, "teacher@sana", "tables")}
+    for name in ("sana-tdm-gad-0", "use-sana-tdm-gad-0-1f", "pixart-tdm-rkd-0", "sana-tdm-gad-1"):
+        (own_place / "data/.resume" / name).mkdir(parents=True)
+    assert graph._forced("grid", parents) == theirs
+    left = {f.name for f in (own_place / "data/.resume").iterdir() if f.is_dir()}
+    assert left == {"pixart-tdm-rkd-0", "sana-tdm-gad-1"}
+    assert graph._forced("students", parents) == theirs | beside  # is more than what was begun
+    assert graph._forced("grid", parents) == theirs | beside
 
 
 # The graph itself
