@@ -49,6 +49,10 @@ MEASURED = {  # the stages, * for their further blocks, that measure a result; k
                     ("teacher diagnose evaluate*", "evaluation.prompts evaluation.quality_prompts")),
     **dict.fromkeys(("samples", FIRST), ("evaluate", "evaluation.prompts")),
 }
+BESIDE = {  # the tables that figures stand under; others have a section of their own
+    "figure2": "table1", "students": "table1", "nearby": "chains", "lengths": "means", "replicas": "replicas",
+    "seeds": "table2", "layout": "table5", "figure5": "figure5",
+}
 LONG = 8  # rows; a longer table is folded, unless it is its section's first
 FIGURES = {  # alternative text, caption; what stands in braces depends on the worlds that are drawn
     "world": ("Coloured shapes on plain grounds, with captions.", "The world that stands for photographs."),
@@ -60,16 +64,17 @@ FIGURES = {  # alternative text, caption; what stands in braces depends on the w
                 "intervals. Line with its interval: the teacher at another guidance scale."),
     "figure5": ("Points of {vendi} against CLIP, a column a backbone, with arrows from without to with GAD.",
                 "Diversity against fidelity; an arrow leads from a student without GAD to the one with it. Hollow: "
-                "students of paradigms that have none with it; their intervals are in the table."),
+                "students of paradigms that have none with it; their intervals are in the table. Crosses and bands "
+                "are intervals."),
     "nearby": ("Above, points of JVP cosines against value errors with the teacher's own curve, a panel a backbone; "
                "below, two JVP cosines a student joined by a line.",
                "Where the cosine is lost. Above, tangents against values: students, and the teacher against itself at "
                "noises nearby, of as different values. Below: the cosine along a student's own path, Table 1's, and "
                "along its teacher's path (hollow), where its steps begin at the teacher's states. Without intervals "
                "below: the table has them."),
-    "layout": ("Curves of AP50 against CLIP over the size of a guided move, a panel a backbone, a line a model.",
+    "layout": ("Curves of AP against CLIP over the size of a guided move, a panel a backbone, a line a model.",
                "Layout control against fidelity to the prompt, from no guidance (hollow) to the largest move. "
-               "Control that costs nothing would go straight up. AP50 is against the boxes, CLIP with the prompt; both "
+               "Control that costs nothing would go straight up. AP is against the boxes, CLIP with the prompt; both "
                "have their intervals."),
     "students": ("Points with intervals, a row a student: JVP cosine on the left, {fit} on the right.",
                  "Every student, those with something else in GAD's place too, between floors and teacher."),
@@ -85,7 +90,7 @@ FIGURES = {  # alternative text, caption; what stands in braces depends on the w
                 "The same prompts and noises through teacher (above) and student (below)."),
     "precision": ("Curves of reported cosines against the size of a difference and against the true cosine.",
                   "What finite differences report, by size and precision (left), and of students whose true cosine is "
-                  "known, the teacher with noise on its weights (right): means of few noises, without intervals. "
+                  "known, the teacher with noise on its weights (right): means of few noises, with intervals. "
                   "Dotted: the released size, the paper's values."),
 }
 MINI = {  # what captions say besides, where the miniature world is drawn
@@ -109,6 +114,12 @@ class Table:
         """How many columns, from the left, name a row."""
         words = takewhile(lambda c: not any(re.match(r"[+-]?\d|nan|–", x) for x in c), zip(*self.rows, strict=True))
         return max(1, len(list(words)))
+
+    @property
+    def name(self) -> int:
+        """Which of these, from 1, stays in sight: the first that tells all rows apart, else the last."""
+        columns = [*zip(*self.rows, strict=True)][:self.labels]
+        return next((i for i, c in enumerate(columns, 1) if len(set(c)) == len(c)), self.labels)
 
 
 @dataclass
@@ -152,7 +163,7 @@ def cell(text: str) -> str:
 def counted(overview: list[Section]) -> Counter:
     """How many of the paper's claims have which verdict as a whole."""
     rows = [dict(zip(s.table.head, row, strict=True)) for s in overview for row in s.table.rows]
-    return Counter(row["as a whole"] for row in rows if row.get("the paper") != "no claim of it")
+    return Counter(row["as a whole"].split(" within ")[0] for row in rows if row.get("the paper") != "no claim of it")
 
 
 def judged(sections: list[Section], edges: dict[str, list[float]] | None = None) -> list[dict]:
@@ -170,6 +181,9 @@ def judged(sections: list[Section], edges: dict[str, list[float]] | None = None)
             row["mark"] = [round(50 + 50 * x / reach, 2) for x in found] if len(found) == 3 else None
         marks = [round(50 + 50 * x / reach, 2) for x in ends]
         claims.append({"title": title, "paper": parts[0], "rows": rows, "edges": marks})
+    for claim in claims:
+        found = Counter(row["verdict"] for row in claim["rows"])
+        claim["counts"] = [(n, v) for v in ("reproduced", "undecided", "not reproduced") if (n := found[v])]
     return claims
 
 
@@ -245,5 +259,6 @@ def write(p: Params) -> Path:
                 [(k, reduce(getattr, k.split("."), p)) for k in keys.split()]) for n, (by, keys) in MEASURED.items()
         },
         figures={n: (*pictures[n], *texts) for n, texts in captions(p).items() if n in pictures},
+        beside={f.stem: [n for n, table in BESIDE.items() if table == f.stem and n in pictures] for f in texts},
         paper=yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]) + "\n")
     return path

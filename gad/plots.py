@@ -226,7 +226,7 @@ def layout(p: Params):
             shown[tables.label(run)] = style.beside, style.marker, COLOURS[run.variant]
         for name, (line, marker, colour) in shown.items():
             x, y = (found.loc[[(backbone, name, f"{how}, {k}") for how in uses.moves(p).values()],
-                              ["value", "low", "high"]].to_numpy() for k in ("CLIP", "AP50"))
+                              ["value", "low", "high"]].to_numpy() for k in ("CLIP", "AP"))
             ax.plot(x[:, 0], y[:, 0], ls=line, marker=marker, ms=7 if marker == "*" else 4, lw=1.1, color=colour,
                     label=name)
             ax.plot(x[0, 0], y[0, 0], marker, ms=7 if marker == "*" else 4, mfc="white", mec=colour)
@@ -234,7 +234,7 @@ def layout(p: Params):
                 _cross(ax, a, b, colour)
         ax.set_title(backbone, fontsize=9)
         ax.set_xlabel("CLIP")
-    axes[0, 0].set_ylabel("AP50")
+    axes[0, 0].set_ylabel("AP")
     figure.tight_layout()
     _legend_below(figure, axes[0, :1], 2)
     return figure
@@ -276,7 +276,7 @@ def nearby(p: Params):
 
 def published(p: Params):
     """What finite differences report: against h in each precision, and for students of known cosine at the released
-    setting. Means over a few noises."""
+    setting. Means over a few noises, with intervals."""
     n = len(p.grid.backbones)
     figure, axes = plt.subplots(n, 2, figsize=(8.5, 2.7 * n), squeeze=False)
     shades = dict(zip(("fp32", "fp16", "bf16"), sns.color_palette("colorblind", 3), strict=True))
@@ -285,17 +285,20 @@ def published(p: Params):
         for (name, scheme), part in sweep.groupby(["precision", "scheme"], sort=False):
             left.plot(part["h"], part["cos"], "o-" if scheme == "forward" else "s--", ms=3, color=shades[name],
                       label=f"{name}, {scheme}")
+            left.fill_between(part["h"], part["cos_low"], part["cos_high"], color=shades[name], alpha=0.12, lw=0)
         left.set(xscale="log", xlabel="h, per element", ylim=(-0.1, 1.05))
         left.set_ylabel(f"{backbone}\ncosine with the exact JVP")
         left.axvline(PUBLISHED, color="gray", ls=":", lw=1)
         left.text(PUBLISHED, 1.07, "as released", ha="center", fontsize=7, color="gray")
         known = pd.read_csv(paths.diagnosis(backbone) / "published.csv")
-        right.plot(known["exact_cos"], known["ours_cos"], "o-", color=shades["fp32"],
-                   label="fp32, h = 0.01 per element")
-        right.plot(known["exact_cos"], known["released_cos"], "s--", color=shades["fp16"],
-                   label="fp16, ‖hv‖ = 0.01 as released")
-        right.plot(known["exact_cos"], known["released_element_cos"], "s-", color=shades["fp16"],
-                   label="fp16, the released h per element")
+        for key, line, name, label in (
+            ("ours", "o-", "fp32", "fp32, h = 0.01 per element"),
+            ("released", "s--", "fp16", "fp16, ‖hv‖ = 0.01 as released"),
+            ("released_element", "s-", "fp16", "fp16, the released h per element"),
+        ):
+            x, (y, low, high) = known["exact_cos"], (known[f"{key}_cos{end}"] for end in ("", "_low", "_high"))
+            right.plot(x, y, line, color=shades[name], label=label)
+            right.fill_between(x, low, high, color=shades[name], alpha=0.12, lw=0)
         for ax, values in ((left, sweep.loc[sweep["precision"] == "fp16", "cos"]), (right, known["released_cos"])):
             if values.isna().all():
                 ax.text(0.97, 0.5, "fp16 overflows", transform=ax.transAxes, ha="right", fontsize=7,

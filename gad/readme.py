@@ -6,7 +6,7 @@ from pathlib import Path
 
 from . import paths
 
-OWN = "in the paper's own case"  # the column of claims.md
+PAPER = "the paper"  # the column of claims.md
 
 
 def shown() -> dict[str, str]:
@@ -14,16 +14,16 @@ def shown() -> dict[str, str]:
     summary, claims = paths.TABLES / "summary.md", paths.REPORTS / "claims.md"
     made = {"summary": summary.read_text()} if summary.exists() else {}
     if claims.exists() and (first := re.search(r"\n(\|.*?\n)\n", claims.read_text(), re.S)):
-        made["claims"] = _with_a_number(first[1])
+        made["claims"] = _of_the_paper(first[1])
     return made
 
 
-def _with_a_number(table: str) -> str:
-    """The rows of claims for which the paper has a case of its own; all, where the grid has none of those. Without
-    columns in which nothing is left."""
+def _of_the_paper(table: str) -> str:
+    """The rows of claims that are the paper's; all, where there are none of those. Without columns in which nothing is
+    left."""
     head, line, *rows = (row.strip("|").split("|") for row in table.splitlines())
-    own = [name.strip() for name in head].index(OWN)
-    kept = [row for row in rows if row[own].strip() != "–"] or rows
+    paper = [name.strip() for name in head].index(PAPER)
+    kept = [row for row in rows if row[paper].strip() != "no claim of it"] or rows
     columns = [i for i in range(len(head)) if any(row[i].strip() != "–" for row in kept)]
     return "".join(f"|{'|'.join(row[i] for i in columns)}|\n" for row in (head, line, *kept))
 

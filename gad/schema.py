@@ -358,6 +358,7 @@ class Report(Section):
     shift: NonNegative
     match: Positive
     most: Annotated[float, Field(ge=0.5, lt=1)]
+    usable: Annotated[float, Field(gt=0, lt=1)] = 0.85
 
 
 class Sections(Section):

@@ -125,8 +125,12 @@ def test_hybrid_sample_takes_its_first_step_by_another_network(backbone, cond, z
     network = backbone.network
     plain = backbone.sample(network, z, cond, 4, 2.0, return_trajectory=True)
     assert torch.equal(backbone.sample(network, z, cond, 4, 2.0, first=(network, 2.0)), plain[-1])
-    mixed = backbone.sample(network, z, cond, 4, return_trajectory=True, first=(network, 2.0))
-    assert torch.equal(mixed[1], plain[1]) and not torch.allclose(mixed[2], plain[2])
+    other = perturb(copy.deepcopy(network))
+    mixed = backbone.sample(other, z, cond, 4, return_trajectory=True, first=(network, 2.0))
+    assert torch.equal(mixed[1], plain[1])
+    times, one = backbone.times(4), torch.ones(len(z), dtype=torch.float64)
+    second = backbone.step(other, plain[1], times[1] * one, times[2] * one, cond)
+    assert torch.equal(mixed[2], second) and not torch.allclose(second, plain[2])
 
 
 def test_sample_is_a_function_of_the_noise_alone(backbone, cond, z):

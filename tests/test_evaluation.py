@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from gad import claims, params, paths, tables
 from gad.evaluation import trajectory
 from gad.evaluation.geometry import bootstrap, compare, local_rows, row, spectral_kl, spectrum, tangents
 from gad.params import Run
-from gad.tables import chains, geometry, gradients, means, pages, replicas, teachers, trajectories
+from gad.tables import chains, common, geometry, gradients, means, pages, replicas, teachers, trajectories
 from gad.tangents import Paths, Tangents
 
 
@@ -241,6 +242,7 @@ def test_table4_is_against_the_base_and_its_parts_add_up(monkeypatch, tmp_path):
         for v, (x, own) in errors.items()
     })
     monkeypatch.setattr(paths, "TABLES", tmp_path)
+    monkeypatch.setattr(trajectories, "distinct", lambda p, name: "7")
     p = SimpleNamespace(report=SimpleNamespace(bootstrap=200), grid=SimpleNamespace(backbones=["sana"]),
                         backbones={"sana": SimpleNamespace(world="mini")},
                         evaluation=SimpleNamespace(trajectory_prompts=50), base_of=params.load().base_of)
@@ -266,17 +268,28 @@ def test_table4_is_against_the_base_and_its_parts_add_up(monkeypatch, tmp_path):
     text = (tmp_path / "table4.md").read_text()
     named = "TDM + GAD, half the rate − (TDM, half the rate)"
     assert at(named, "relative")[:, 0] == pytest.approx(-0.2 * base.mean(0)) and named in text
-    assert text.count("## ") == 6 and text.index("t = 0.5") < text.index("t = 0 ") and text.endswith(
-        trajectories.PAPER + "\n")
+    assert text.count("## ") == 6 and text.index("t = 0.5") < text.index("t = 0 ")
+    assert text.index("t = 0 ") < text.index(trajectories.PAPER) < text.index("change by what was added")
 
 
 PHOTOGRAPHS = {"backbones.sd2.world": "coco", "backbones.sd2.path": "somewhere"}
 ALL_PHOTOGRAPHS = {k.replace("sd2", b): v for b in ("sd2", "pixart", "sana") for k, v in PHOTOGRAPHS.items()}
 
 
+def test_different_prompts_are_counted(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "DATA", tmp_path)
+    told = {"prompts": ["a", "b", "a"]}
+    for name, meta in (("sd2", {"made": json.dumps(told)}), ("sana", {k: json.dumps(v) for k, v in told.items()})):
+        paths.diagnosis(name).mkdir(parents=True)
+        save_file({"x": torch.zeros(1)}, paths.diagnosis(name) / "test.safetensors", meta)
+    drawn = {"sd2": SimpleNamespace(world="mini"), "sana": SimpleNamespace(world="mini")}
+    drawn["pixart"] = SimpleNamespace(world="coco")  # whose captions are all different
+    assert common.distinct(SimpleNamespace(grid=SimpleNamespace(backbones=[*drawn]), backbones=drawn), "test") == "2"
+
+
 @pytest.mark.parametrize("given, said", [
-    ({}, ("(as the world draws them: short ones recur)", "(miniature; short ones recur)")),
-    (PHOTOGRAPHS, ("(as the miniature world draws them: short ones recur)", "(in miniature short ones recur)")),
+    ({}, ("(as the world draws them: 7 different ones)", "(the miniature world has few: 7 different ones)")),
+    (PHOTOGRAPHS, ("(as the miniature world draws them: 7 different ones)", "has few: 7 different ones)")),
     (ALL_PHOTOGRAPHS, ()),
 ])
 def test_prompts_that_recur_are_the_miniature_worlds(given, said, monkeypatch, tmp_path):
@@ -291,9 +304,11 @@ def test_prompts_that_recur_are_the_miniature_worlds(given, said, monkeypatch, t
     monkeypatch.setattr(geometry, "table1", lambda p: table1)
     monkeypatch.setattr(trajectories, "table4", lambda p: table4)
     for module in (geometry, trajectories):
+        monkeypatch.setattr(module, "distinct", lambda p, name: "7")
+    for module in (geometry, trajectories):
         module.write(params.load(**given))
     texts = [(tmp_path / f"{name}.md").read_text() for name in ("table1", "table4")]
-    assert [text.count("recur") for text in texts] == [len(said) // 2] * 2
+    assert [text.count("different ones") for text in texts] == [len(said) // 2] * 2
     assert all(x in text for x, text in zip(said, texts, strict=False))
 
 

@@ -412,6 +412,28 @@ def test_each_step_learns_at_the_students_own_state(backbone, name):
     assert reaches(loss, student, gradient_in_x_hat(paradigm, loss), x)
 
 
+@pytest.mark.parametrize("name", ["dmd", "tdm"])
+def test_points_turn_with_the_students_input_and_weights(backbone, name):
+    """What GAD's score forms differentiate: the way from the student's input, by its step at that input's own time, to
+    the diffused sample. Jacobians by matrices; DMD's are SwiftBrush's and SiD's."""
+    paradigm = make(name, backbone, steps=2, fake=FAKE, student=Posterior(MEAN + 0.3, COV + 0.2 * I))
+    paradigm.losses(batch(), 0)
+    point, v, w = paradigm.point, normal(N, D), normal(N, D, seed=3)
+    found, turned = torch.func.jvp(point.renoise, (point.x,), (v,))
+    torch.testing.assert_close(found, point.x_tau)
+    (alpha, sigma), (alpha_tau, _) = levels(backbone, point.t), levels(backbone, point.tau)
+    _, gain = gaussian(paradigm.student, point.x.detach().double(), alpha, sigma)
+    of_x0, of_x = alpha_tau, 0 * alpha  # x_τ = of_x0 · x̂0 + of_x · x + noise
+    if name == "tdm":
+        alpha_s, sigma_s = levels(backbone, torch.where(point.t == paradigm.times[0], *paradigm.times[1:]))
+        of_x0, of_x = alpha_tau * (1 - alpha * sigma_s / sigma / alpha_s), alpha_tau / alpha_s * sigma_s / sigma
+    expected = of_x0 * (gain @ v.double()[..., None])[..., 0] + of_x * v
+    torch.testing.assert_close(turned.double(), expected, rtol=2e-3, atol=2e-4)
+    found = torch.autograd.grad((w * point.x_tau).sum(), paradigm.student.mean)[0]  # ∂x̂0/∂mean = I − α gain
+    expected = of_x0 * (w - alpha * (gain.mT @ w.double()[..., None])[..., 0])
+    torch.testing.assert_close(found.double(), expected.sum(0), rtol=2e-3, atol=2e-3)
+
+
 def test_tdm_diffuses_from_where_its_step_ends(backbone):
     """From x_s to τ in (s, t): α/α_s x_s + √(σ² − (α/α_s σ_s)²) n."""
     student, at = Linear(torch.linalg.cholesky(COV), MEAN), batch(shift=SHIFTS)

@@ -221,9 +221,15 @@ def test_relational_terms_by_hand(one_step):
     """RKD over pairs and triples, SP over rows of Gram matrices."""
     paradigm, t = one_step
     x, _, x0, _ = drawn(t, 4)
-    with torch.no_grad():
-        y = paradigm.student(x)
+    y = paradigm.student(x)
     ids = range(4)
+
+    def same(form, expected):
+        found = term(paradigm, t, form=form, pairs=4)
+        assert torch.allclose(found, expected, rtol=1e-6)
+        w = paradigm.student.weight
+        ours, theirs = (torch.autograd.grad(a, w, retain_graph=True)[0] for a in (found, expected))
+        assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-9)
 
     def pairs(a):
         found = torch.stack([(a[i] - a[j]).norm() for i in ids for j in ids if i != j])
@@ -238,10 +244,10 @@ def test_relational_terms_by_hand(one_step):
         return torch.where(e < 1, e * e / 2, e - 0.5).mean()
 
     rkd = huber(pairs(y), pairs(x0)) + 2 * huber(triples(y), triples(x0))
-    assert torch.allclose(term(paradigm, t, form="rkd", pairs=4), rkd, rtol=1e-6)
+    same("rkd", rkd)
     gram = [torch.stack([F.normalize(row, dim=0) for row in a @ a.T]) for a in (y, x0)]
     similarity = (gram[0] - gram[1]).square().sum() / 16
-    assert torch.allclose(term(paradigm, t, form="similarity", pairs=4), similarity, rtol=1e-6)
+    same("similarity", similarity)
 
 
 def test_normalised_augmentation_is_a_relative_error(one_step):
@@ -619,6 +625,14 @@ def test_parts_of_a_batch_make_the_whole(mini, name, parts):
     whole, own = gradients((0, 1)), [gradients((k, parts)) for k in range(parts)]
     for k, g in whole.items():
         assert ((sum(o[k] for o in own) / parts - g).norm() / g.norm()).item() < 1e-3, k
+
+
+@pytest.mark.parametrize("name", ["sd2", "pixart", "sana"])
+def test_swiftbrushs_lora_is_on_queries_and_values(mini, name):
+    fake = PARADIGMS["swiftbrush"](mini(name), 2, 2.0, P.paradigms["swiftbrush"], P.distill).roles["fake"].module
+    lora = {n.partition(".lora_A")[0] for n, _ in fake.named_modules() if n.endswith("lora_A")}
+    layers = {n for n, _ in mini(name).network.named_modules() if n.endswith((".to_q", ".to_v"))}
+    assert layers and lora == layers
 
 
 def test_role_without_a_loss_stays(mini):

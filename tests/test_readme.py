@@ -39,11 +39,11 @@ def test_the_tables_are_the_pipelines(name):
     assert shown == readme.shown()[name] and shown.count("\n") > 5
 
 
-def test_claims_shown_are_those_of_which_the_paper_has_a_case():
-    table = f"| claim | {readme.OWN} | lower |\n|:--|:--|:--|\n| one | mixed | – |\n| two | – | 3 |\n"
-    assert readme._with_a_number(table) == f"| claim | {readme.OWN} |\n|:--|:--|\n| one | mixed |\n"
-    ours = table.replace("| one | mixed |", "| one | – |")  # a grid without the paper's cases
-    assert readme._with_a_number(ours) == "| claim | lower |\n|:--|:--|\n| one | – |\n| two | 3 |\n"
+def test_claims_shown_are_the_papers():
+    table = f"| claim | lower | {readme.PAPER} |\n|:--|:--|:--|\n| one | – | so |\n| two | 3 | no claim of it |\n"
+    assert readme._of_the_paper(table) == f"| claim | {readme.PAPER} |\n|:--|:--|\n| one | so |\n"
+    ours = table.replace("| so |", "| no claim of it |")  # a grid without the paper's claims
+    assert readme._of_the_paper(ours) == ours
 
 
 @pytest.mark.parametrize("page", ["README.md", "reports/findings.md"])

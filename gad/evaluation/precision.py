@@ -5,16 +5,18 @@ models share."""
 
 import copy
 
+import numpy as np
 import pandas as pd
 import torch
 
 from ..backbones import Backbone
-from .geometry import compare, row, spectral_kl, tangents
+from .geometry import compare, interval_columns, row, spectral_kl, tangents
 
 TIME = torch.tensor(0.7)
 STEPS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # h, RMS per element
 PUBLISHED = 1e-2 / (4 * 64 * 64) ** 0.5  # the released h, per element of the 512-px latents it is meant for
 WEIGHT_NOISE = (0.003, 0.03, 0.1, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)  # of known students, times each weight's spread
+DRAWS = 2000  # resamples behind an interval
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -33,6 +35,11 @@ def difference(f, x, v, h, scheme="forward", base=None):
     if scheme == "central":
         return (f(x + h * v) - f(x - h * v)) / (2 * h)
     return (f(x + h * v) - (f(x) if base is None else base)) / h
+
+
+def _interval(name, x):
+    """Columns of a mean over noises and its 95 % bootstrap interval over them: NaN where one of x is."""
+    return interval_columns(name, np.asarray(x, float), DRAWS)
 
 
 def _maps(backbone, network, cond, batch, cfg=1.0):
@@ -62,7 +69,7 @@ def sweep(backbone: Backbone, test, cfg: float, batch: int) -> pd.DataFrame:
             for h in STEPS:
                 got = compare(difference(low, x_t, test.v, h, scheme, base), exact)
                 rows.append(
-                    {"precision": name, "scheme": scheme, "h": h, "cos": got["cos"].mean().item(),
+                    {"precision": name, "scheme": scheme, "h": h, **_interval("cos", got["cos"]),
                      "relative": got["relative"].sqrt().mean().item()}
                 )
     return pd.DataFrame(rows)
@@ -95,11 +102,12 @@ def known_students(backbone: Backbone, test, seed: int, batch: int) -> pd.DataFr
             w += noise * w.std(correction=0) * torch.randn(w.shape, generator=generator).to(w.device)
         exact, found = measured(student)
         known = row(exact, exact, exact_t, exact_t)
-        entry = {"weight_noise": noise, "exact_cos": sum(known["cos"]) / len(known["cos"])}
+        entry = {"weight_noise": noise, **_interval("exact_cos", known["cos"])}
         for name, s in found.items():
             t = found_t[name]
             got = row(s, s, t, t)
-            entry |= {f"{name}_{k}": sum(got[k]) / len(got[k]) for k in ("cos", "ratio", "mse")}
+            entry |= _interval(f"{name}_cos", got["cos"])
+            entry |= {f"{name}_{k}": sum(got[k]) / len(got[k]) for k in ("ratio", "mse")}
             spectra = [pd.DataFrame(got[k]).to_numpy() for k in ("spectrum", "teacher_spectrum")]
             entry[f"{name}_spectral_kl"] = spectral_kl(*spectra)
         rows.append(entry)

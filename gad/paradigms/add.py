@@ -2,12 +2,14 @@
 
 The student's x̂ from a sample noised to one of its times (pure noise at the first), no longer paired with it:
 
-    student:        −mean D(x̂) + distill · α_τ ‖dec(x̂) − sg dec(μ_real^w(x̂ noised to τ))‖²
+    student:        −mean D(x̂) + distill · α_τ mean (dec(x̂) − sg dec(μ_real^w(x̂ noised to τ)))²
     discriminator:  relu(1 − D(x0)) + relu(1 + D(sg x̂)) + r1 · R1
 
 Choices: the teacher's samples stand in for real images, and its features for DINO's, so that nothing else is needed;
 its samples are noised anew to t < 0.75 before D, which the paper's D does not need; the distillation term is in pixels,
-by the pipeline's own decoder, with the paper's exponential weight c(τ) = α_τ.
+by the pipeline's own decoder, a mean over them where the paper has a sum, with its exponential weight c(τ) = α_τ; w is
+fixed (a public port draws it from 1 to 15). R1 is of a sample's mean logit, for which the paper's factor is as good as
+nothing.
 """
 
 import torch

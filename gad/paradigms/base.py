@@ -106,7 +106,8 @@ class Paradigm:
     `paired` learns from samples of the teacher; where a fake's score is guided as the teacher's is, it has a
     `guided_fake`. All students are sampled alike, by DDIM (Euler for a flow) at `times`, so that an image is a function
     of `z`; a method trains one of those steps at a time, at the student's own states. All roles that move at a step do
-    so by the losses of one call, where some authors let one move before the next.
+    so by the losses of one call, where some authors let one move before the next. What is saved is an average of the
+    student (TDM's is its last), and the teacher's guidance is the backbone's, whatever an author's own.
     """
 
     form = "map"

@@ -8,7 +8,9 @@ teacher's predictions there:
 
 Choices: the normaliser is per sample and takes the guided teacher, as the authors'; the fake learns at each step,
 the student at each `ratio`-th (theirs: 5 to 10); states are the student's own along its deterministic sampler, where
-DMD2 draws new noise between steps; β2 is 0.95 (theirs: 0.999); DMD2's GAN loss is left to LADD.
+DMD2 draws new noise between steps; β2 is 0.95 (theirs: 0.999), gradients are clipped at 1 (theirs: 10), rates fall
+(theirs do not) and the fake's own may be higher (theirs are equal); τ of a flow is uniform, not shifted; DMD2's GAN
+loss is left to LADD.
 """
 
 import torch

@@ -8,7 +8,8 @@ features of either, noised anew to t < 0.75.
 
 Choices: the paper names no paired term; `recon` is that of AMD's Nitro, which makes this output matching, and 0 leaves
 it out. As there, misaligned pairs can count as fake and D's times are uniform, where the paper's are logit-normal; each
-kind of fake weighs as much as the real samples, where Nitro's two share that weight. The student starts from its own
+kind of fake weighs as much as the real samples, where Nitro's two share that weight; softplus is Nitro's cross-entropy,
+where SANA-Sprint's LADD has a hinge. The student starts from its own
 states along its sampler, where both noise x0. Real and generated samples have noises and times of their own.
 """
 

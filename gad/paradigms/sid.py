@@ -8,7 +8,7 @@ The gradient passes through the teacher and the fake to x̂, so their Jacobians 
 everywhere, also where the fake learns (LSG: "long and short guidance" κ1 = κ2 = κ3 = κ4).
 Choices: states along the deterministic sampler (SiD-DiT's `ddim`) from t = 1, where LSG's start at 625 of 1000; τ in
 TAU and prompts dropped for a flow too, where SiD-DiT does neither; means over elements, where the authors sum;
-gradients are clipped.
+gradients are clipped; the fake's rate is its own (theirs: the student's).
 """
 
 import math

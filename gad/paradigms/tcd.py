@@ -1,7 +1,7 @@
 """TCD, trajectory consistency distillation (Zheng et al. 2024), measured at γ = 0, where its sampler is DDIM.
 
-A sample noised to t moves by one step of the guided teacher's solver to t'. From both, the student's jump to the
-same time s ≤ t' must end at the same place:
+A teacher's sample noised to t moves by one step of the guided teacher's solver to t'. From both, the student's jump to
+the same time s ≤ t' must end at the same place:
 
     student:  pseudo-Huber_c(f(x_t, t → s) − sg f(x_t', t' → s)),   f: the DDIM move along the student's own x̂0, ε̂
 

@@ -91,9 +91,9 @@ def diagnose(backbone: str, p: Params) -> dict:
     shifted = (torch.roll(a, e.noises, 0) for a in (test.x0, test.jv))
     floors[geometry.OTHERS] = geometry.row(*shifted, test.x0, test.jv)
     write_json(folder / "floors.json", floors)
-    size = p.hardware.tangents
-    write_csv(folder / "precision.csv", precision.sweep(teacher, test[slice(0, 8)], which.cfg, size))
-    write_csv(folder / "published.csv", precision.known_students(teacher, test[slice(0, 16)], seed, size))
+    size, few = p.hardware.tangents, test[slice(0, 16)]
+    write_csv(folder / "precision.csv", precision.sweep(teacher, few, which.cfg, size))
+    write_csv(folder / "published.csv", precision.known_students(teacher, few, seed, size))
     for work in works:
         shutil.rmtree(work)
     shown = {k: geometry.SUMMARY[k] for k in ("cos", "ratio", "relative")}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from safetensors import safe_open
 
 from .. import paths
 from ..params import Params, Run
@@ -40,6 +41,17 @@ def fits(p: Params) -> str:
 def worlds(p: Params) -> set[str]:
     """What the grid's backbones draw."""
     return {p.backbones[b].world for b in p.grid.backbones}
+
+
+def distinct(p: Params, name: str) -> str:
+    """How many different prompts are behind a file of the miniatures' diagnoses: fewer than were drawn."""
+    found = set()
+    for backbone in (b for b in p.grid.backbones if p.backbones[b].world == "mini"):
+        with safe_open(paths.diagnosis(backbone) / f"{name}.safetensors", "np") as f:
+            made = f.metadata()
+            made = json.loads(made["made"])["prompts"] if "made" in made else json.loads(made["prompts"])
+            found.add(len(set(made)))
+    return " to ".join(map(str, sorted({min(found), max(found)})))
 
 
 def label(run: Run) -> str:

@@ -25,14 +25,15 @@ def _paper(columns: list[str], rows: list[tuple]) -> str:
 
 
 PAPER = {
-    "table2": ("## The paper's Table 2 (SD2 at full size; as shares; its protocol is not known)", _paper(
+    "table2": ("## The paper's Table 2 (SD2 at full size; as shares; its protocol is not known)",
+               "SD-Turbo is a student by ADD.", _paper(
         ["model", "self", "teacher"],
         [("SD2 teacher", 0.937, "–"), ("SD-Turbo", 0.778, 0.632), ("SwiftBrush", 0.529, 0.458), ("TCD", 0.873, 0.845),
          ("LADD", 0.876, 0.837), ("LADD + GAD", 0.924, 0.874)])),
     "table3": ("## The paper's Table 3", "CLIP and PickScore over all backbones and paradigms are not lower with GAD; "
                "SiD on SANA: CLIP 0.3275 → 0.3440 as a cosine."),
     "table5": ("## The paper's Table 5 (SD2 at full size, COCO, YOLOv4 looking for everything; levels of AP are not "
-               "comparable)", _paper(
+               "comparable)", "SD-Turbo is a student by ADD.", _paper(
         ["model", "AP", "AP50", "CLIP"],
         [("SD2 teacher", 0.066, 0.213, 0.3333), ("SD-Turbo", 0.030, 0.084, 0.3237), ("LADD", 0.050, 0.174, 0.3187),
          ("LADD + GAD", 0.058, 0.206, 0.3184)])),
@@ -43,12 +44,25 @@ PAPER = {
 }
 
 
+UP = {"CLIP", "PickScore", "scene accuracy", "colours and count", "AP", "AP50", "IoU", "top-1", "top-5", "coverage",
+      "images with all colours", "mean ρ"}
+DOWN = {"FID", "KID", "centre, px"}
+
+
+def _headed(metric: str) -> str:
+    """A metric as a column's head: with an arrow where more, or less, of it is better whatever the teacher's is."""
+    ends = [name for name in UP | DOWN if metric == name or metric.endswith(f", {name}")]
+    down = metric.startswith("distance from") or DOWN.intersection(ends)
+    return metric + (" ↓" if down else " ↑" if ends or metric.startswith("ρ") else "")
+
+
 def _section(part: pd.DataFrame, metrics: list[str], title: str, keep: Callable[[str], bool], spec=".3g") -> list[str]:
     rows = part[part["metric"].isin(metrics) & part["model"].map(keep)]
     if not len(rows):
         return []
     table = pivot(rows, "metric", spec=spec)
-    return [f"## {title}", table[["backbone", "model", *(m for m in metrics if m in table)]].to_markdown(index=False)]
+    table = table[["backbone", "model", *(m for m in metrics if m in table)]].rename(columns=_headed)
+    return [f"## {title}", table.to_markdown(index=False)]
 
 
 def _own(name):
@@ -87,7 +101,8 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
 
     seeds = f"{u.seeds} seeds under {u.prompts} prompts"
     named = [f"{side}, {kind}, top-{k}" for side in ("self", "teacher") for kind in uses.KINDS.values() for k in (1, 5)]
-    quality, diversity = [*uses.QUALITY.values(), *uses.DISTANCES.values()], [*uses.DIVERSITY.values(), "CLIP"]
+    quality = [*uses.QUALITY.values(), uses.SHARE, *uses.DISTANCES.values()]
+    diversity = [*uses.DIVERSITY.values(), "CLIP"]
     layout = [f"guided, {k}" for k in ("AP", "AP50", *uses.LAYOUT.values())]
     floors = [f"{how}, {k}" for how in uses.FLOORS for k in ("AP", "AP50", "IoU", "centre, px", "CLIP")]
     effect = [f"guided − {how}, {k}" for how in uses.FLOORS for k in uses.EFFECT]
@@ -102,7 +117,8 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             "of the same noises, and is tested on the model's. All that is ours: the paper's classifier and seeds "
             f"are not published. Intervals rest on {u.prompts - u.train} test prompts, and what other noises would "
             "change is in none; a top-5 "
-            "of 1 [1, 1] says only that none of them failed."),
+            "of 1 [1, 1] says only that none of them failed. After all of the images most accuracies are near 1, where "
+            "models can differ little: the last section, for one classifier, has fewer."),
             *_section(found["table2"], named, "Accuracy", _own), *PAPER["table2"],
             *_section(found["table2"], named, "Differences, paired", _difference, "+.3g"),
             *_section(found["table2"], named, "Students minus their teacher, paired", lambda m: m.endswith("− teacher"),
@@ -115,8 +131,10 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             + on("mini", (
                 "CLIP: cosine by the world's own OpenCLIP model; what that can tell apart stands last; scene accuracy, "
                 "by the detector, stands where the paper has PickScore; FID and KID on that model's features, against "
-                "the world's own images of the same prompts; few images make FID large, so that only differences are "
-                "to be read, and KID not, which of few may be below zero. Resampled prompts repeat, which makes FID "
+                "the world's own images of the same prompts; few images make FID large; KID takes "
+                "the two sets for independent, and as these share their prompts, of equal distributions it is below "
+                "zero by as much as images of a prompt are more alike than others: of both only differences are to be "
+                "read. Resampled prompts repeat, which makes FID "
                 "larger still: intervals are the spread of such draws, about the value."))
             + on("coco", (
                 "Photographs: CLIP is OpenCLIP's cosine, of which the paper prints 100 times as much, and PickScore on "
@@ -129,8 +147,8 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             f"nothing. Attention guidance at the student's first two times, {u.evals} gradients at each for every "
             f"model, each moving the state by an RMS of {u.scale:g} (guided). AP against the boxes by pycocotools, its "
             "intervals the spread of resampled prompts about the value, cut at 0 and 1; free: no guidance; shuffled: "
-            "guided into another prompt's boxes, and held against the prompt's own; numbers: guided by moves of that "
-            "RMS."
+            "guided into another prompt's boxes, and held against the prompt's own; RMS: guided by moves of that "
+            "size. torchmetrics' mean average precision runs pycocotools too, and gives the same."
             + on("mini", "Two objects a prompt; detections by the analytic detector.")
             + on("coco", (
                 "Photographs: captions of COCO that name things with one box each, and a detector that looks for these "
@@ -140,6 +158,7 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             *_section(found["table5"], floors, "Floors", _own),
             *_section(found["table5"], effect, "What guidance does: guided less floors, paired", _own, "+.3g"),
             *_section(found["table5"], layout, "Differences, paired", _difference, "+.3g"),
+            *_section(found["table5"], effect, "What GAD adds to what guidance does, paired", _difference, "+.3g"),
             *_section(found["table5"], [m for pair in zip(sweep["AP"], sweep["CLIP"], strict=True) for m in pair],
                       "AP against CLIP over the size of a move", _own),
             *_section(found["table5"], sweep["AP50"], "AP50 over the size of a move", _own)],
@@ -165,8 +184,9 @@ def write(p: Params) -> dict[str, pd.DataFrame]:
             f"{note} {seeds}; what other noises would change is in no interval. Vendi: of a prompt's images by the "
             f"judge's features, at most {u.seeds}."
             + on("mini", (
-                f"Layout Vendi: of the places of objects in the first {u.seeds // 3} of a prompt's images that have "
-                "all their colours, as many for every model, over the prompts that have so many (differences: over "
+                "Layout Vendi: of the places of objects (their centres, whatever their size) in the first "
+                f"{u.seeds // 3} of a prompt's images that have all their colours, as many for every model, over "
+                "the prompts that have so many (differences: over "
                 "those of both); coverage: share of the world's own places of the first object that those "
                 f"{u.seeds // 3} come near to. The world: its own images of the same prompts, of any background where "
                 "none is named."))

@@ -5,7 +5,7 @@ import pandas as pd
 
 from ..evaluation.geometry import bootstrap
 from ..params import Params, Run
-from .common import label, minus_base, models, pivot, prompts_of, records, save, worlds
+from .common import distinct, label, minus_base, models, pivot, prompts_of, records, save, worlds
 
 PAPER = "The paper (PixArt-α, 200 unseen prompts, norm not known), at t = 0: 0.491 without and 0.427 with GAD, −13 %."
 PARTS = ("relative", "local", "inherited")
@@ -57,7 +57,7 @@ def _errors(results) -> dict[str, np.ndarray]:
 
 def write(p: Params) -> pd.DataFrame:
     long, there = table4(p), worlds(p)
-    recur = f" ({'miniature;' if there == {'mini'} else 'in miniature'} short ones recur)" if "mini" in there else ""
+    recur = f" (the miniature world has few: {distinct(p, 'unseen')} different ones)" if "mini" in there else ""
     text = [
         "# Table 4, trajectories",
         "Distance of a student's state from its teacher's after each of its steps, from the same noise, on "
@@ -79,6 +79,6 @@ def write(p: Params) -> pd.DataFrame:
         part = long[rows & (long["metric"] == metric)]
         if len(part):
             table = pivot(part.assign(t=[f"t = {t:g}" for t in part["t"]]), "t", spec=spec)
-            text += [f"## {title}", table.to_markdown(index=False)]
-    save("table4", long, [*text, PAPER])
+            text += [f"## {title}", table.to_markdown(index=False), *([PAPER] if metric == "relative" else ())]
+    save("table4", long, text)
     return long

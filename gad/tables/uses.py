@@ -12,8 +12,10 @@ from .common import HYBRID, grouped, label, read, records
 
 KINDS = {"linear": "linear", "cnn": "CNN"}
 TRACKED = {  # in reports/metrics.json, for `dvc metrics diff`
-    "teacher, linear, top-1": "seed_top1", "CLIP": "clip", "FID": "fid", "KID": "kid", "guided, AP50": "layout_ap50",
-    "mean shift": "noise_query_shift", "Vendi": "vendi",
+    "teacher, linear, top-1": "seed_top1", "self, linear, top-1": "seed_top1_self", "CLIP": "clip",
+    "scene accuracy": "scene_table3", "FID": "fid", "KID": "kid",
+    "guided, AP": "layout_ap", "guided, AP50": "layout_ap50", "guided, IoU": "layout_iou",
+    "mean shift": "noise_query_shift", "mean ρ": "noise_query_rho", "Vendi": "vendi", "layout Vendi": "layout_vendi",
 }
 
 
@@ -30,11 +32,13 @@ def _table2(r: dict) -> dict:
 
 
 QUALITY = {"clip": "CLIP", "pickscore": "PickScore", "scene": "scene accuracy", "colour_count": "colours and count"}
+RIGHT, SHARE = QUALITY["scene"], "of its teacher's scenes"
 DISTANCES = {"fid": "FID", "kid": "KID"}
 DIVERSITY = {
     "vendi": "Vendi", "layout_vendi": "layout Vendi", "coverage": "coverage", "whole": "images with all colours",
 }
 LAYOUT = {"iou": "IoU", "centre": "centre, px", "clip": "CLIP", "pickscore": "PickScore", "scene": "scene accuracy"}
+NAMED = ("free", "shuffled", "guided")  # settings of Table 5; others are sizes of a move
 FLOORS, EFFECT = ("free", "shuffled"), ("AP", "AP50", "centre, px")  # what guidance is held against, and in what
 
 
@@ -53,6 +57,7 @@ def _table3(r: dict) -> dict:
 def _table5(r: dict) -> dict:
     out = {}
     for how, found in r["layout"].items():
+        how = how if how in NAMED else f"RMS {how}"
         out |= {f"{how}, {k.upper()}": (found[k], found[f"{k}_draws"], len(found["clip"])) for k in ("ap", "ap50")}
         out |= {f"{how}, {name}": x for name, x in _named(found, LAYOUT).items()}
     for how in FLOORS:
@@ -108,6 +113,12 @@ def less(a, b):
     return np.asarray(a, float) - np.asarray(b, float)
 
 
+def ratio(a, b, n: int) -> tuple[float, float, float]:
+    """The mean of `a` over that of `b`, lists over the same prompts, which are resampled together."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    return bootstrap(lambda i: np.nanmean(a[i], -1) / np.nanmean(b[i], -1), np.arange(len(a)), n)
+
+
 def models(p: Params, backbone: str) -> dict[str, dict]:
     """Results by a model's name: the world's own images, where there are any, the teacher, what a student is before it
     learns, each student, and a base student's with the hybrid sampler. Students with something else in GAD's place have
@@ -127,7 +138,7 @@ def models(p: Params, backbone: str) -> dict[str, dict]:
 
 def moves(p: Params) -> dict[float, str]:
     """What Table 5 calls each size of a guided move, the smallest first."""
-    return dict(sorted(({0: "free"} | {s: str(s) for s in p.uses.sweep} | {p.uses.scale: "guided"}).items()))
+    return dict(sorted(({0: "free"} | {s: f"RMS {s}" for s in p.uses.sweep} | {p.uses.scale: "guided"}).items()))
 
 
 def long(p: Params, names=tuple(TABLES)) -> dict[str, pd.DataFrame]:
@@ -149,6 +160,8 @@ def long(p: Params, names=tuple(TABLES)) -> dict[str, pd.DataFrame]:
                     shown.get("the world", {}).pop(name, None)  # from itself
             for name, metrics in shown.items():
                 add(name, {k: interval(x, n, _is_share(k)) for k, x in metrics.items()})
+                if table == "table3" and name not in ("the world", "teacher") and RIGHT in metrics:
+                    add(name, {SHARE: ratio(metrics[RIGHT], shown["teacher"][RIGHT], n)})
             for name, metrics in shown.items():
                 base = shown.get(name.removesuffix(" + GAD"))
                 if name.endswith(" + GAD") and base:
@@ -215,5 +228,5 @@ def _retained(student, teacher, n):
         _, low, high = interval(b, n)
         if not (low > 0 or high < 0):
             continue
-        out[key] = bootstrap(lambda i, a=a, b=b: np.nanmean(a[i], -1) / np.nanmean(b[i], -1), np.arange(len(a)), n)
+        out[key] = ratio(a, b, n)
     return out
