@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from .params import ParamsError, Run, assignment, load
+from .params import ParamsError, Run, assignment, load, read
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,7 +91,7 @@ def _assignment(text: str) -> tuple:
 
     key, value = assignment(text)
     try:
-        return key, yaml.safe_load(value)
+        return key, read(value)
     except yaml.YAMLError:
         raise ParamsError(f"--set {text}: {value!r} is not YAML: put it into quotes") from None
 

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import reduce
+from functools import cached_property, reduce
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
@@ -109,13 +109,13 @@ class Table:
     head: list[str]
     rows: list[list[str]]
 
-    @property
+    @cached_property
     def labels(self) -> int:
         """How many columns, from the left, name a row."""
         words = takewhile(lambda c: not any(re.match(r"[+-]?\d|nan|–", x) for x in c), zip(*self.rows, strict=True))
         return max(1, len(list(words)))
 
-    @property
+    @cached_property
     def name(self) -> int:
         """Which of these, from 1, stays in sight: the first that tells all rows apart, else the last."""
         columns = [*zip(*self.rows, strict=True)][:self.labels]

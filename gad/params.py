@@ -211,13 +211,18 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
 
+def read(text: str):
+    """What YAML says."""
+    return yaml.load(text, _Loader)
+
+
 def load(path: Path | str = ROOT / "params.yaml", **overrides) -> Params:
     """Read and validate. `overrides`: dotted keys, `load(**{"gad.h": 0.02})`.
 
     Raises ParamsError with one line a mistake: key, value, fix.
     """
     try:
-        data = yaml.load(Path(path).read_text("utf-8"), _Loader)
+        data = read(Path(path).read_text("utf-8"))
     except FileNotFoundError:
         raise ParamsError(f"{path} does not exist: run from the repository, or give --params") from None
     except OSError as error:

@@ -306,6 +306,13 @@ class Evaluation(Section):
         return 2 * self.batch
 
 
+class Differences(Section):
+    """The study of finite differences: their `sizes`, h, and the `noises` on the weights of known students."""
+
+    sizes: Annotated[list[Positive], Field(min_length=1)]
+    noises: Annotated[list[Positive], Field(min_length=1)]
+
+
 class Nearby(Section):
     sizes: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)]
 
@@ -384,6 +391,7 @@ class Sections(Section):
     hardware: Hardware = Hardware()
     paradigms: dict[str, dict[str, float]]
     evaluation: Evaluation
+    differences: Differences
     nearby: Nearby
     judge: Judge
     uses: Uses

@@ -83,6 +83,7 @@ def test_its_stages_are_its_column(made):
     assert set(made["stages"]) == column | {f"{s}@{r}" for s in ("distill", "evaluate", "chain", "use") for r in runs}
 
 
+@pytest.mark.pipeline
 def test_the_smoke_run_makes_its_column(made, copy, kernels):
     """The graph at its smallest, by the guide's last command but without the others' columns: nothing of the pipeline
     knows the name."""

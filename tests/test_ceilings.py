@@ -294,7 +294,11 @@ def layouts(mini):
         u=uses, p=p, backbone=backbone, world=mini_world, which=SimpleNamespace(student_steps=4),
         score=lambda images, prompts: torch.zeros(len(images)),
     )
-    return {k: stage._layout(bench, SimpleNamespace(network=k, steps=4, cfg=1.0)) for k in (0, 1, 2)}
+
+    def kept(part, z, batch, *_):
+        return torch.cat([part(slice(i, i + batch)) for i in range(0, len(z), batch)])
+
+    return {k: stage._layout(bench, SimpleNamespace(network=k, steps=4, cfg=1.0, kept=kept)) for k in (0, 1, 2)}
 
 
 def test_layouts_follow_their_boxes_do_not_or_half_of_them_do(layouts):

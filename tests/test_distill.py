@@ -298,12 +298,11 @@ def test_paths_of_another_number_of_steps_stop_before_training(place):
 def test_terms_are_weighed_beside_their_paradigm(place):
     ratio = ("--set", "paradigms.dmd.ratio=2")
     found = json.loads(place.done(*ratio, "--set", "gad.lam=0.5", "weigh", "sana", "dmd"))
-    again = json.loads(place.done(*ratio, "--set", "gad.lam=1.0", "weigh", "sana", "dmd"))
     assert {"base", "gad", "rkd"} <= set(found) and "longer" not in found and min(found.values()) >= 0
-    assert again["base"] == found["base"] and again["gad"] == pytest.approx(2 * found["gad"], rel=1e-4)
     fitted = ("--set", "hardware.parts=2", "--set", "hardware.checkpointing=true", "--set", "controls.map.pairs=2")
-    parts = json.loads(place.done(*ratio, *fitted, "--set", "gad.lam=0.5", "weigh", "sana", "dmd"))
-    assert "rkd" not in parts and all(parts[k] == pytest.approx(found[k], rel=1e-3) for k in ("base", "gad"))
+    parts = json.loads(place.done(*ratio, *fitted, "--set", "gad.lam=1.0", "weigh", "sana", "dmd"))
+    assert "rkd" not in parts and parts["base"] == pytest.approx(found["base"], rel=1e-3)
+    assert parts["gad"] == pytest.approx(2 * found["gad"], rel=1e-3)
 
 
 def test_operations_are_those_of_products_forward_and_backward():
@@ -323,8 +322,10 @@ def test_operations_of_a_convolution_know_its_groups(groups):
 
 @pytest.mark.slow
 def test_cost_has_a_row_for_every_paradigm(place):
-    rows = json.loads(place.done("--set", "paradigms.dmd.ratio=2", "cost", "sana", "1"))
-    assert [r["paradigm"] for r in rows] == list(yaml.safe_load((ROOT / "params.yaml").read_text())["paradigms"])
+    own = yaml.safe_load((ROOT / "params.yaml").read_text())["paradigms"]
+    few = {"tdm": own["tdm"], "dmd": own["dmd"] | {"ratio": 2}, "tcd": own["tcd"]}
+    rows = json.loads(place.done("--set", f"paradigms={json.dumps(few)}", "cost", "sana", "1"))
+    assert [r["paradigm"] for r in rows] == [*few]
     for row in rows:
         assert row["seconds"] > 0 and row["gad_low"] <= row["gad"] <= row["gad_high"]
         assert min(row["memory_base"], row["memory_gad"], row["memory_every"]) > 0

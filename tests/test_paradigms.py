@@ -390,7 +390,7 @@ def test_prompts_come_to_the_latents_where_they_are_used(mini, monkeypatch, tmp_
     with torch.no_grad():
         look(backbone, backbone.network, t, 4, 2)
         errors(backbone, backbone.network, paths)
-        sweep(backbone, t, 1.0, 2)
+        sweep(backbone, t, 1.0, 2, [0.01])
         Paths.of(backbone, t.z, cond, backbone.times(4), 4, 1.0)
     assert set(seen) == {Condition}
 

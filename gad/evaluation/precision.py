@@ -13,9 +13,7 @@ from ..backbones import Backbone
 from .geometry import compare, interval_columns, row, spectral_kl, tangents
 
 TIME = torch.tensor(0.7)
-STEPS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # h, RMS per element
 PUBLISHED = 1e-2 / (4 * 64 * 64) ** 0.5  # the released h, per element of the 512-px latents it is meant for
-WEIGHT_NOISE = (0.003, 0.03, 0.1, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)  # of known students, times each weight's spread
 DRAWS = 2000  # resamples behind an interval
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -55,8 +53,9 @@ def _maps(backbone, network, cond, batch, cfg=1.0):
 
 
 @torch.no_grad()
-def sweep(backbone: Backbone, test, cfg: float, batch: int) -> pd.DataFrame:
-    """Cosine and relative error of differences of the teacher's output at x_t against the exact JVP."""
+def sweep(backbone: Backbone, test, cfg: float, batch: int, sizes: list[float]) -> pd.DataFrame:
+    """Cosine and relative error of differences of the teacher's output at x_t, of `sizes` (h, RMS per element), against
+    the exact JVP."""
     x_t = backbone.add_noise(test.x0, test.z, TIME.expand(len(test)))
 
     output, f = _maps(backbone, backbone.network, test.cond, batch, cfg)
@@ -66,7 +65,7 @@ def sweep(backbone: Backbone, test, cfg: float, batch: int) -> pd.DataFrame:
         low = lowered(f, dtype)
         base = low(x_t)
         for scheme in ("forward", "central"):
-            for h in STEPS:
+            for h in sizes:
                 got = compare(difference(low, x_t, test.v, h, scheme, base), exact)
                 rows.append(
                     {"precision": name, "scheme": scheme, "h": h, **_interval("cos", got["cos"]),
@@ -76,9 +75,9 @@ def sweep(backbone: Backbone, test, cfg: float, batch: int) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def known_students(backbone: Backbone, test, seed: int, batch: int) -> pd.DataFrame:
-    """Students that are the teacher plus weight noise, so that their exact JVP cosine is known; then Table 1's
-    columns as the released setting measures them."""
+def known_students(backbone: Backbone, test, seed: int, batch: int, noises: list[float]) -> pd.DataFrame:
+    """Students that are the teacher plus noise on its weights, in units of each one's spread, so that their exact JVP
+    cosine is known; then Table 1's columns as the released setting measures them."""
     x_t = backbone.add_noise(test.x0, test.z, TIME.expand(len(test)))
     sphere = test.v / test.v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     settings = {
@@ -95,7 +94,7 @@ def known_students(backbone: Backbone, test, seed: int, batch: int) -> pd.DataFr
 
     exact_t, found_t = measured(backbone.network)
     rows = []
-    for noise in WEIGHT_NOISE:
+    for noise in noises:
         student = copy.deepcopy(backbone.network)
         generator = torch.Generator().manual_seed(seed)
         for w in student.parameters():

@@ -117,13 +117,13 @@ def benchmark(
     What does not fit in memory has a row that says so. Raises ValueError for what cannot be measured.
     """
     batch = p.distill.batch if batch is None else batch
+    checkpointing = p.hardware.checkpointing if checkpointing is None else checkpointing
+    _check(p, backbones, paradigms, blocks, batch, precision, miniature, gpus, tflops)
     if precision is None:
         own = {name: p.training(_family(name)).precision for name in backbones}
         if len(set(own.values())) > 1:
             raise ValueError(f"precision: backbones train in several ({own}): give --precision, or one of them")
-        precision = own[backbones[0]] if own else p.distill.precision
-    checkpointing = p.hardware.checkpointing if checkpointing is None else checkpointing
-    _check(p, backbones, paradigms, blocks, batch, precision, miniature, gpus, tflops)
+        precision = own[backbones[0]]
     own = {k: Schedule(p.steps(k, "base"), p.distill.batch, "params.yaml") for k in GRID[1]}
     published = not miniature and not all(p.backbones[_family(name)].path for name in backbones)
     schedules = (SCHEDULES if published else own) | (schedules or {})
@@ -202,7 +202,7 @@ def _check(p, backbones, paradigms, blocks, batch, precision, miniature, gpus, t
         if name not in p.paradigms:
             raise ValueError(f"paradigms: {name!r} is not in params.yaml; there are {', '.join(p.paradigms)}")
         find(name)
-    if precision not in ("no", "bf16"):
+    if precision not in (None, "no", "bf16"):
         raise ValueError(f"precision={precision!r} is not timed: use 'no' (fp32) or 'bf16'")
     for key, value, least in (("blocks", blocks, 2), ("batch", batch, 1), ("gpus", gpus, 1)):
         if value < least:

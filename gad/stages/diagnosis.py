@@ -92,8 +92,8 @@ def diagnose(backbone: str, p: Params) -> dict:
     floors[geometry.OTHERS] = geometry.row(*shifted, test.x0, test.jv)
     write_json(folder / "floors.json", floors)
     size, few = p.hardware.tangents, test[slice(0, 16)]
-    write_csv(folder / "precision.csv", precision.sweep(teacher, few, which.cfg, size))
-    write_csv(folder / "published.csv", precision.known_students(teacher, few, seed, size))
+    write_csv(folder / "precision.csv", precision.sweep(teacher, few, which.cfg, size, p.differences.sizes))
+    write_csv(folder / "published.csv", precision.known_students(teacher, few, seed, size, p.differences.noises))
     for work in works:
         shutil.rmtree(work)
     shown = {k: geometry.SUMMARY[k] for k in ("cos", "ratio", "relative")}
