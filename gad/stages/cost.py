@@ -31,6 +31,7 @@ larger networks of the same kind, whose calls are as many. The teacher's exact t
 backbone, are in none of it.
 
 """
+MOST = 1.5  # times the base's step, what GAD may cost
 TITLES = {"gad": "GAD", "every": "GAD each 4th step", "map": "GAD, map form"}
 
 
@@ -142,4 +143,7 @@ def _write(frame, p, backbone, blocks, device):
         kept=p.endpoints.pairs,
         map=f" (`map`: {p.controls['map'].pairs})" if "map" in titles else "",
     )
-    path.with_suffix(".md").write_text(note + cells.to_markdown(index=False) + "\n")
+    over = {title: ", ".join(frame.loc[frame[key] > MOST, "paradigm"]) for key, title in titles.items()}
+    told = "; ".join(f"{title}: {names}" for title, names in over.items() if names) or "none"
+    told = f"Of more than {MOST:g} times the base's time, {told}."
+    path.with_suffix(".md").write_text(f"{note}{cells.to_markdown(index=False)}\n\n{told}\n")
