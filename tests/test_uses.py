@@ -404,7 +404,7 @@ def test_prompts_without_a_value_are_left_out_of_an_interval():
 def test_shares_stay_shares_and_differences_do_not(long):
     low, high = tables.interval((0.1, [0.0, 0.9], 48), 10)[1:]
     assert low < 0 and tables.interval((0.1, [0.0, 0.9], 48), 10, share=True)[1:] == (0, high)
-    assert at(long["table5"], "TDM", "free, AP")["low"] == 0 and at(long["table5"], "TDM", "0.1, AP50")["high"] == 1
+    assert at(long["table5"], "TDM", "free, AP")["low"] == 0 and at(long["table5"], "TDM", "RMS 0.1, AP50")["high"] == 1
     for ap in ("AP", "AP50"):
         row = at(long["table5"], "TDM", f"guided − shuffled, {ap}")
         assert row[["value", "low", "high"]].tolist() == pytest.approx([-0.1] * 3)  # paired draws, below zero
@@ -451,7 +451,8 @@ def test_pages_are_written(long, monkeypatch, tmp_path):
         assert {"model", "value", "low", "high"} <= set(pd.read_csv(tmp_path / f"{name}.csv").columns)
     assert "Intervals rest on 12 test prompts" in written["table2"] and "| 864 images (36 prompts)" in written["table2"]
     assert "0.9 [0.8, 0.95]" in written["table3"] and "0.3 [0.2, 0.4]" in written["table3"]
-    for column in ("guided − free, AP50", "guided − shuffled, centre, px", "shuffled, CLIP", "0.02, AP", "0.1, AP50"):
+    for column in ("guided − free, AP50", "guided − shuffled, centre, px", "shuffled, CLIP", "RMS 0.02, AP",
+                   "RMS 0.1, AP50"):
         assert re.search(rf"^\|.* {re.escape(column)} ", written["table5"], re.M), column
     assert f"- area: {pages.ATTRIBUTES['area']}" in written["table6"] and "- warmth" not in written["table6"]
 
