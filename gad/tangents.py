@@ -61,9 +61,8 @@ class Tangents:
     @staticmethod
     def source(path: Path) -> tuple[list[str], tuple[int, int]]:
         """The prompts and seeds of a file, of which `inputs` makes noises, directions and conditions."""
-        with safe_open(path, "pt") as f:
-            made = _told(f.metadata())
-        return made["prompts"], tuple(made["seeds"])
+        how = made(path)
+        return how["prompts"], tuple(how["seeds"])
 
     @staticmethod
     def load(path: Path, backbone: Backbone) -> "Tangents":
@@ -133,6 +132,12 @@ class Paths:
         z = backbone.noise(len(states), made["seed"])
         cond = backbone.encode(made["prompts"], device="cpu")
         return Paths(torch.cat([z[:, None], states], 1), cond)
+
+
+def made(path: Path) -> dict:
+    """What a file of these was made of: prompts and seeds."""
+    with safe_open(path, "pt") as f:
+        return _told(f.metadata())
 
 
 def _made(**how) -> dict[str, str]:

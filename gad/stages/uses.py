@@ -6,6 +6,7 @@ Latents, whose sampling takes nearly all of the time, are made in parts, with wh
 import hashlib
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -46,6 +47,13 @@ class _Model:
     cfg: float
     first: tuple | None = None
 
+    @cached_property
+    def weights(self) -> str:
+        """A hash of the network's, taken once: at full size it is of gigabytes."""
+        found = hashlib.sha256()
+        add_weights(found, self.network)
+        return found.hexdigest()
+
     @torch.no_grad()
     def draw(self, z, prompts: list[str]) -> torch.Tensor:
         """Images (n, 3, H, W), on the CPU, of n noises and prompts."""
@@ -61,10 +69,8 @@ class _Model:
 
     def kept(self, part, z, batch, *own) -> torch.Tensor:
         """Latents, on the CPU, that `part` makes of noises z, `batch` at a time; `own`: what else they depend on."""
-        known = hashlib.sha256(z.cpu().contiguous().numpy().tobytes())
-        add_weights(known, self.network)
-        first = self.first and self.first[1]
-        return self.bench.kept(part, len(z), batch, known.hexdigest(), self.steps, self.cfg, first, *own)
+        noises, first = hashlib.sha256(z.cpu().contiguous().numpy()).hexdigest(), self.first and self.first[1]
+        return self.bench.kept(part, len(z), batch, self.weights, noises, self.steps, self.cfg, first, *own)
 
 
 class _Bench:

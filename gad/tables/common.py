@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from safetensors import safe_open
 
 from .. import paths
 from ..params import Params, Run
+from ..tangents import made
 
 VARIANTS = {
     "base": "", "gad": " + GAD", "map": " + GAD, map form", "every4": " + GAD each 4th step",
@@ -45,12 +45,8 @@ def worlds(p: Params) -> set[str]:
 
 def distinct(p: Params, name: str) -> str:
     """How many different prompts are behind a file of the miniatures' diagnoses: fewer than were drawn."""
-    found = set()
-    for backbone in (b for b in p.grid.backbones if p.backbones[b].world == "mini"):
-        with safe_open(paths.diagnosis(backbone) / f"{name}.safetensors", "np") as f:
-            made = f.metadata()
-            made = json.loads(made["made"])["prompts"] if "made" in made else json.loads(made["prompts"])
-            found.add(len(set(made)))
+    small = [b for b in p.grid.backbones if p.backbones[b].world == "mini"]
+    found = {len(set(made(paths.diagnosis(b) / f"{name}.safetensors")["prompts"])) for b in small}
     return " to ".join(map(str, sorted({min(found), max(found)})))
 
 
