@@ -1,20 +1,31 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test may reach for the network
-if "GAD_TEST_CUDA" not in os.environ:  # before torch is: tests compare bits, which are the CPU's
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is, as the next
+if "GAD_TEST_CUDA" not in os.environ:  # tests compare bits, which are the CPU's
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import signal
+import shutil
+import tempfile
 from functools import cache
+from pathlib import Path
 
 import pytest
-import torch
-from kernels import warm
+from forks import Forks, stop
 
-from gad.backbones import BACKBONES, MINIATURES
-from gad.world import autoencoder, scenes
+# torch and gad are imported where they are used: xdist's first process runs no test.
 
-torch.set_num_threads(1)
+
+def pytest_configure(config):
+    if "GAD_TEST_FORKS" not in os.environ:  # one for all workers
+        os.environ["GAD_TEST_FORKS"] = config.forks = tempfile.mkdtemp()
+
+
+def pytest_unconfigure(config):
+    if folder := getattr(config, "forks", None):
+        stop(Path(folder))
+        shutil.rmtree(folder, ignore_errors=True)
+        del os.environ["GAD_TEST_FORKS"]
 
 
 def pytest_collection_modifyitems(items):
@@ -23,8 +34,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_generate_tests(metafunc):
+    if "backbone" in metafunc.fixturenames:
+        from gad.backbones import BACKBONES
+
+        metafunc.parametrize("backbone", list(BACKBONES), indirect=True, scope="session")
+
+
 def perturb(module, scale=0.05, seed=1):
     """Add noise to every weight: at initialisation biases are zero and gates small, so Jacobians are tame."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -34,6 +54,11 @@ def perturb(module, scale=0.05, seed=1):
 
 def build(name, **components):
     """A miniature backbone with random but not trivial weights; `components` replace the pipeline's."""
+    import torch
+
+    from gad.backbones import BACKBONES, MINIATURES
+    from gad.world import autoencoder, scenes
+
     torch.manual_seed(0)
     pipeline = MINIATURES[name](autoencoder.build("dc" if name == "sana" else "kl"), scenes.WORDS)
     if components:
@@ -44,15 +69,13 @@ def build(name, **components):
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    """From here on notebooks' kernels are forked, not started, here and in what is run from here."""
-    process, environment = warm(tmp_path_factory.mktemp("kernels"))
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    yield
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-    os.killpg(process.pid, signal.SIGKILL)
+def forks():
+    """From here on notebooks' kernels are forked, not started, here and in what is run from here; `forks.python` is for
+    other commands."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = Forks(Path(os.environ["GAD_TEST_FORKS"]))
+        patch.setenv("JUPYTER_PATH", str(made.jupyter))
+        yield made
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +84,7 @@ def mini():
     return cache(build)
 
 
-@pytest.fixture(scope="session", params=list(BACKBONES))
+@pytest.fixture(scope="session")
 def backbone(request, mini):
     return mini(request.param)
 
@@ -73,4 +96,6 @@ def prompts():
 
 @pytest.fixture
 def z():
+    import torch
+
     return torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))

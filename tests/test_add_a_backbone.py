@@ -84,7 +84,7 @@ def test_its_stages_are_its_column(made):
 
 
 @pytest.mark.pipeline
-def test_the_smoke_run_makes_its_column(made, copy, kernels):
+def test_the_smoke_run_makes_its_column(made, copy, forks):
     """The graph at its smallest, by the guide's last command but without the others' columns: nothing of the pipeline
     knows the name."""
     smoke = copy / "tests/smoke.yaml"

@@ -1,5 +1,6 @@
 """The command line at smoke size, in a copy of the package: teacher to student, and a student killed on its way."""
 
+import contextlib
 import filecmp
 import importlib
 import json
@@ -7,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pandas as pd
@@ -32,71 +32,59 @@ SMOKE = yaml.safe_load((ROOT / "tests/smoke.yaml").read_text())
 RUN = "sana-tdm-gad-0"
 
 
-# Imports take longer than what most of these tests do: one process has them done, and forks for each command.
-FORKS = """
-import json, os, sys
-import gad.stages
-from gad.__main__ import main
-for line in sys.stdin:
-    arguments, *files = json.loads(line)
-    if (pid := os.fork()) == 0:
-        for number, file in enumerate(files, 1):
-            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        code = main(arguments)
-        sys.stdout.flush()
-        os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-def environment(folder):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "TQDM_DISABLE": "1"}
-
-
 class Place:
     """A copy of the package, and commands in it."""
 
-    def __init__(self, folder):
-        self.folder, self.out, self.err = folder, folder / "out.txt", folder / "err.txt"
-        command = [sys.executable, "-W", "ignore", "-c", FORKS]
-        self.server = subprocess.Popen(
-            command, cwd=folder, env=environment(folder), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    def __init__(self, folder, python):
+        self.folder, self.python = folder, python
 
     def __truediv__(self, name):
         return self.folder / name
 
-    def start(self, *arguments) -> int:
-        """`python -m gad arguments`; returns its process id."""
-        print(json.dumps([arguments, str(self.out), str(self.err)]), file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline())
+    def open(self, *arguments):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.folder), "TQDM_DISABLE": "1",
+               "ACCELERATE_USE_CPU": "true"}
+        return subprocess.Popen([*self.python, "-m", *arguments], cwd=self.folder, env=env, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-    def ended(self) -> tuple[int, str, str]:
-        """Its exit code, output and errors, once it is done."""
-        return int(self.server.stdout.readline()), self.out.read_text(), self.err.read_text()
+    def start(self, *arguments):
+        """`python -m gad arguments`."""
+        return self.open("gad", *arguments)
 
-    def run(self, *arguments):
-        self.start(*arguments)
-        return self.ended()
+    def launch(self, *arguments):
+        """The same by two processes. On GPUs `accelerate launch` starts them; on CPUs it would want MPI."""
+        return self.open("torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--no-python", *self.python,
+                         "-m", "gad", *arguments)
 
-    def done(self, *arguments):
-        code, out, err = self.run(*arguments)
-        assert code == 0, err
+    def rank(self, number):
+        """One of the launched processes."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                its = process.environ()
+                if its.get("RANK") == str(number) and its.get("PYTHONPATH") == str(self.folder):
+                    return process
+
+    def run(self, *arguments, start=None):
+        """Exit code, output and errors."""
+        process = (start or self.start)(*arguments)
+        out, error = process.communicate(timeout=300)
+        return process.returncode, out, error
+
+    def done(self, *arguments, start=None):
+        code, out, error = self.run(*arguments, start=start)
+        assert code == 0, error
         return out
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    place = Place(sandbox(tmp_path_factory.mktemp("gad") / "copy", SMOKE))
+def place(tmp_path_factory, forks):
+    place = Place(sandbox(tmp_path_factory.mktemp("gad") / "copy", SMOKE), forks.python)
     code, _, error = place.run("teacher", "sana")
     assert code == 1 and "holds no autoencoder: `python -m gad autoencoder dc` trains it" in error
     assert "Traceback" not in error
     for arguments in (("autoencoder", "dc"), ("teacher", "sana"), ("diagnose", "sana")):
         place.done(*arguments)
-    yield place
-    place.server.stdin.close()
-    assert place.server.wait(60) == 0
+    return place
 
 
 DISTILL = ("--set", "distill.steps=16", "--set", "distill.save_every=2", "distill", "sana", "tdm", "gad")
@@ -106,12 +94,13 @@ def kill_on_its_way(place):
     """Start the student and SIGKILL it after its first checkpoint; returns the checkpoint."""
     state = place / "data/.resume" / RUN / "state.safetensors"
     assert not state.exists()  # a finished run leaves none
-    process = psutil.Process(place.start(*DISTILL))
+    process = place.start(*DISTILL)
     while not state.exists():
-        assert process.is_running(), place.ended()
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.kill()
-    assert place.ended()[0] == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     return state
 
 
@@ -149,14 +138,6 @@ SHARED = ("--set", "distill.steps=3", "--set", "distill.batch=4", "--set", "gad.
           "distill.save_every=1", "distill", "sana", "tdm", "gad")
 
 
-def launch(folder, *arguments):
-    """Two processes of one machine. On GPUs `accelerate launch` starts them; on CPUs it would want MPI."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-               "-m", "gad", *arguments]
-    env = environment(folder) | {"ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def take(place, run=RUN):
     """The student's weights and log, moved out of the way."""
     weights = load_file(next((place / "data/students" / run / "transformer").glob("*.safetensors")))
@@ -185,26 +166,22 @@ def test_shared_batches_give_the_same_student(place):
     assert gap(alone, parts) < 1e-5
     pd.testing.assert_frame_equal(log, split, rtol=1e-3)  # Adam hides a gradient's scale; its norm does not
 
-    process = launch(place.folder, *SHARED)
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
+    out = place.done(*SHARED, start=place.launch)
     assert json.loads(out[out.index("{"):])["step"] == 3  # told once
     two, shared = take(place)
     assert gap(alone, two) < 1e-5
     pd.testing.assert_frame_equal(log, shared, rtol=1e-3)
 
-    process = launch(place.folder, *SHARED)
+    process = place.launch(*SHARED)
     state = place / "data/.resume" / RUN / "state.safetensors"
     while not state.exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    workers = [c for c in psutil.Process(process.pid).children(recursive=True) if "gad" in c.cmdline()]
-    next(w for w in workers if w.environ()["RANK"] == "1").kill()
+    place.rank(1).kill()
     _, error = process.communicate(timeout=300)
     assert process.returncode != 0 and state.exists()
     assert "Signal 9 (SIGKILL) received" in error  # the launcher says who died
-    process = launch(place.folder, *SHARED)
-    assert process.communicate(timeout=300) and process.returncode == 0
+    place.done(*SHARED, start=place.launch)
     resumed, _ = take(place)
     assert gap(two, resumed) == 0
 
@@ -215,9 +192,7 @@ def test_heads_start_alike_in_every_process(place):
     ladd = (*SHARED[:-4], "distill", "sana", "ladd", "base")
     place.done(*ladd)
     _, log = take(place, "sana-ladd-base-0")
-    process = launch(place.folder, *ladd)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
+    place.done(*ladd, start=place.launch)
     _, shared = take(place, "sana-ladd-base-0")
     assert log["discriminator"].gt(0).all()
     pd.testing.assert_frame_equal(log, shared, rtol=1e-3)
@@ -271,15 +246,11 @@ def test_diagnosis_is_shared_by_two_processes(place):
     last = place / "data/diagnosis/sana/published.csv"
     last.unlink()
     last.mkdir()
-    process = launch(place.folder, *arguments)
-    process.communicate(timeout=300)
-    assert process.returncode != 0
+    assert place.run(*arguments, start=place.launch)[0] != 0
     begun = {f.name.split("-")[2]: len([*f.iterdir()]) for f in (place / "data/.resume").glob("diagnose-sana-*")}
     assert begun.keys() == {"train", "probe", "samples", "test"} and all(begun.values())
     last.rmdir()
-    process = launch(place.folder, *arguments)
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
+    out = place.done(*arguments, start=place.launch)
     assert [f.read_bytes() for f in files] == alone and json.loads(out[out.index("{"):]) == told  # and it is told once
     assert not list((place / "data/.resume").glob("diagnose-*"))
 
@@ -296,9 +267,12 @@ def test_paths_of_another_number_of_steps_stop_before_training(place):
 
 @pytest.mark.slow
 def test_terms_are_weighed_beside_their_paradigm(place):
-    ratio = ("--set", "paradigms.dmd.ratio=2")
+    own = yaml.safe_load((place / "params.yaml").read_text())["controls"]
+    few = {k: own[k] for k in ("longer", "map", "rkd", "every4", "slower", "slower_gad", "thrice")}
+    ratio = ("--set", "paradigms.dmd.ratio=2", "--set", f"controls={json.dumps(few)}")
     found = json.loads(place.done(*ratio, "--set", "gad.lam=0.5", "weigh", "sana", "dmd"))
-    assert {"base", "gad", "rkd"} <= set(found) and "longer" not in found and min(found.values()) >= 0
+    assert {*found} == {"base", "gad", "map", "rkd", "every4", "slower_gad"} and min(found.values()) > 0
+    assert found["every4"] == found["slower_gad"] != found["gad"]  # which smoke.yaml gives fewer pairs
     fitted = ("--set", "hardware.parts=2", "--set", "hardware.checkpointing=true", "--set", "controls.map.pairs=2")
     parts = json.loads(place.done(*ratio, *fitted, "--set", "gad.lam=1.0", "weigh", "sana", "dmd"))
     assert "rkd" not in parts and parts["base"] == pytest.approx(found["base"], rel=1e-3)
@@ -323,7 +297,7 @@ def test_operations_of_a_convolution_know_its_groups(groups):
 @pytest.mark.slow
 def test_cost_has_a_row_for_every_paradigm(place):
     own = yaml.safe_load((ROOT / "params.yaml").read_text())["paradigms"]
-    few = {"tdm": own["tdm"], "dmd": own["dmd"] | {"ratio": 2}, "tcd": own["tcd"]}
+    few = {"tcd": own["tcd"], "dmd": own["dmd"] | {"ratio": 1}}
     rows = json.loads(place.done("--set", f"paradigms={json.dumps(few)}", "cost", "sana", "1"))
     assert [r["paradigm"] for r in rows] == [*few]
     for row in rows:

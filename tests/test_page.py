@@ -4,6 +4,8 @@ import re
 import shutil
 from collections import Counter
 from html.parser import HTMLParser
+from itertools import groupby, islice
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -61,13 +63,31 @@ def cells(markdown):
     return [plain(c) for row in rows if not set("".join(row)) <= set(":-") for c in row]
 
 
+def copied(patch, folder):
+    """The shipped reports in `folder`, where a page of their own is to be."""
+    shutil.copytree(ROOT / "reports", folder / "reports", ignore=shutil.ignore_patterns("notebooks", "index.html"))
+    for name, place in (("REPORTS", "reports"), ("TABLES", "reports/tables"), ("FIGURES", "reports/figures")):
+        patch.setattr(paths, name, folder / place)
+    return folder / "reports"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The shipped reports, with the page that is made of them, `html` and `page`."""
+    with pytest.MonkeyPatch.context() as patch:
+        reports = copied(patch, tmp_path_factory.mktemp("whole"))
+        html = page.write(params.load()).read_text()
+    return SimpleNamespace(reports=reports, html=html, page=Page(html))
+
+
 @pytest.fixture
 def reports(monkeypatch, tmp_path):
-    """A copy of the shipped reports, with a page of its own."""
-    shutil.copytree(ROOT / "reports", tmp_path / "reports", ignore=shutil.ignore_patterns("notebooks", "index.html"))
-    for name, folder in (("REPORTS", "reports"), ("TABLES", "reports/tables"), ("FIGURES", "reports/figures")):
-        monkeypatch.setattr(paths, name, tmp_path / folder)
-    return tmp_path / "reports"
+    """A copy of the reports with the first rows of each table, which is the sooner a page."""
+    made = copied(monkeypatch, tmp_path)
+    for file in (made / "tables").glob("*.md"):
+        rows = groupby(file.read_text().splitlines(keepends=True), lambda line: line.startswith("|"))
+        file.write_text("".join(line for table, lines in rows for line in islice(lines, 8 if table else None)))
+    return made
 
 
 def made(**overrides):
@@ -78,9 +98,9 @@ def sections(found):
     return [e["attrs"]["id"] for e in found.find("section")]
 
 
-def test_every_table_is_there_once_and_whole(reports):
-    found = made()
-    for path in (reports / "tables").glob("*.md"):
+def test_every_table_is_there_once_and_whole(whole):
+    found = whole.page
+    for path in (whole.reports / "tables").glob("*.md"):
         assert sections(found).count(path.stem) == 1
         shown = [plain(e["text"]) for e in found.find("th", "td", inside=path.stem)]
         assert shown == cells(path.read_text()), path.name
@@ -102,13 +122,13 @@ def test_tables_and_figures_to_come_need_no_change(reports):
     assert len(ids) == len(set(ids))
 
 
-def test_every_figure_is_there_once_and_described(reports):
-    images = made().find("img")
-    on_disk = sorted(f"figures/{f.name}" for f in (reports / "figures").glob("*.png"))
+def test_every_figure_is_there_once_and_described(whole):
+    images = whole.page.find("img")
+    on_disk = sorted(f"figures/{f.name}" for f in (whole.reports / "figures").glob("*.png"))
     assert sorted(e["attrs"]["src"] for e in images) == on_disk
     assert images[0]["attrs"]["src"] == "figures/before_after.png"
     assert all(len(e["attrs"]["alt"]) > 20 and int(e["attrs"]["width"]) > 0 for e in images)
-    captions, said = [e["text"] for e in made().find("figcaption")], page.captions(params.load())
+    captions, said = [e["text"] for e in whole.page.find("figcaption")], page.captions(params.load())
     assert sorted(captions) == sorted(said[f.split("/")[1][:-4]][1] for f in on_disk)
 
 
@@ -118,8 +138,8 @@ def test_a_figure_that_is_not_there_is_left_out(reports):
     assert "figures/students.png" not in html and page.FIGURES["students"][1].split("'")[0] not in html
 
 
-def test_nothing_is_fetched_and_links_lead_somewhere(reports):
-    found = made()
+def test_nothing_is_fetched_and_links_lead_somewhere(whole):
+    found = whole.page
     assert not found.find("script", "link", "iframe", "object", "embed", "video", "audio", "source", "base")
     style = found.find("style")
     assert len(style) == 1 and "url(" not in style[0]["text"] and "@import" not in style[0]["text"]
@@ -129,20 +149,19 @@ def test_nothing_is_fetched_and_links_lead_somewhere(reports):
         for link in (element["attrs"].get("src"), element["attrs"].get("href")):
             if link:
                 assert not re.match(r"\w+:|/", link), link
-                assert link[1:] in ids if link.startswith("#") else (reports / link).is_file(), link
+                assert link[1:] in ids if link.startswith("#") else (whole.reports / link).is_file(), link
 
 
-def test_the_shipped_page_is_of_this_graph(reports):
+def test_the_shipped_page_is_of_this_graph(whole):
     """It shows stages of dvc.yaml, which DVC does not take for a dependency."""
-    page.write(params.load())
-    assert (reports / "index.html").read_text() == (ROOT / "reports/index.html").read_text()
+    assert whole.html == (ROOT / "reports/index.html").read_text()
 
 
-def test_every_verdict_is_there(reports):
-    text = (reports / "claims.md").read_text()
+def test_every_verdict_is_there(whole):
+    text = (whole.reports / "claims.md").read_text()
     rows = re.findall(r"^\| (\w+) +\| (.+?) +\| (.+?) +\| (.+?) +\|$", text, re.M)
     wanted = Counter(tuple(map(plain, row)) for row in rows if row[0] not in ("backbone", "claim"))
-    found = made()
+    found = whole.page
     results = [e for e in found.find("li", inside="results")]
     shown = Counter(plain(e["text"]) for e in results)
     assert wanted and shown == Counter({"".join(row): n for row, n in wanted.items()})
@@ -187,10 +206,10 @@ def test_claims_that_are_not_the_papers_and_an_overview(reports):
     assert len(found.find("li", inside="results")) == 2
 
 
-def test_the_papers_numbers_stand_apart(reports):
-    found = made()
+def test_the_papers_numbers_stand_apart(whole):
+    found = whole.page
     for name in (f"table{i}" for i in range(1, 7)):
-        parts = re.split(r"\n(?=## |The paper \()", (reports / f"tables/{name}.md").read_text())
+        parts = re.split(r"\n(?=## |The paper \()", (whole.reports / f"tables/{name}.md").read_text())
         theirs = [x for x in parts if x.startswith(("## The paper's", "The paper ("))]
         ours = [x for x in parts if x not in theirs]
         shown = [plain(e["text"]) for e in found.find("th", "td", inside="theirs") if name in e["inside"]]

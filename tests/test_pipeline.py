@@ -323,7 +323,7 @@ REPORTS = {"tables", "figures", "page"}
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory, kernels):
+def copy(tmp_path_factory, forks):
     """One column of the grid, made from nothing."""
     folder = tmp_path_factory.mktemp("copy")
     made = Copy(graph.sandbox(folder, graph._merged(SMOKE, {"grid": {"backbones": ["sd2"]}, "further": graph.ALONE})))

@@ -85,7 +85,7 @@ PIPELINES = {"sd2": v_prediction, "pixart": lambda: build("pixart"), "sana": ins
 
 @pytest.mark.slow
 @pytest.mark.pipeline
-def test_given_pipelines_go_all_the_way_on_photographs(tmp_path, kernels):
+def test_given_pipelines_go_all_the_way_on_photographs(tmp_path, forks):
     """The whole graph: v-prediction, learned sigma, an instruction; every table, LoRA and SANA-Sprint as rows."""
     for kind, make in JUDGES.items():
         (tmp_path / kind).mkdir()

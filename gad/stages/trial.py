@@ -33,7 +33,9 @@ TRIAL = 20  # added to the world's seed: trials have noises of their own, and pr
 
 def trial(run: Run, p: Params, settings: dict, prompts: int = 128, noises: int = 48) -> dict:
     """Train student `run` and throw it away, keeping a row in reports/tuning.csv: `settings` (what differs from
-    params.yaml), scene accuracy of student and teacher on `prompts` prompts, JVP cosine at `noises` noises."""
+    params.yaml), scene accuracy of student and teacher on `prompts` prompts, JVP cosine at `noises` noises, no more
+    than `evaluation` has."""
+    prompts, noises = min(prompts, p.evaluation.quality_prompts), min(noises, p.evaluation.prompts)
     which, seed, world = p.backbones[run.backbone], p.seeds.world + TRIAL, world_of(run.backbone, p)
     work = paths.resume(f"trial-{run}-{identity_key(p.model_dump())[:8]}")  # trials may run side by side
     began = time.monotonic()

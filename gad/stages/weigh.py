@@ -9,6 +9,7 @@ from ..distill import Distillation, checkpoint, shareable
 from ..paradigms import find
 from ..paradigms.forms import NEED_A_FAKE, gad_loss
 from ..params import TOGETHER, Params, Run
+from ..schema import Gad
 from ..training import step_generator
 from .common import materials, prepare
 
@@ -18,7 +19,8 @@ def weigh(run: Run, p: Params, draws: int = 12) -> dict[str, float]:
     (`base`) and of every variant's term with its λ, medians of `draws` steps' draws each. Not of forms that need a
     fake, which is yet to learn there, nor, where `hardware.parts` is more than 1, of those of samples together."""
     parts, terms = p.hardware.parts, {name: p.term(name) for name in p.variants}
-    terms = {k: v for k, v in terms.items() if v and v.form not in (*NEED_A_FAKE, *(TOGETHER if parts > 1 else ()))}
+    terms = {k: v.model_copy(update={"every": 1}) for k, v in terms.items()
+             if v and v.form not in (*NEED_A_FAKE, *(TOGETHER if parts > 1 else ()))}
     for name in ("base", *terms):
         shareable(Run(run.backbone, run.paradigm, name, run.seed), p, 1)
     accelerator, which = prepare(p), p.backbones[run.backbone]
@@ -39,13 +41,16 @@ def weigh(run: Run, p: Params, draws: int = 12) -> dict[str, float]:
 
     losses = {"base": base}
     for name, term in terms.items():
-        term = term.model_copy(update={"every": 1})
-
         def own(step, k, term=term):
             return gad_loss(paradigm, tangents, term, 0, generator(step, "gad"), (k, parts))
 
         losses[name] = own
-    return {name: statistics.median(_norms(paradigm.student, loss, draws, parts)) for name, loss in losses.items()}
+    found = {}  # variants that differ in when their term applies, how long or how fast, have the same one
+    keys = {"base": "base"} | {k: tuple(getattr(v, field) for field in Gad.model_fields) for k, v in terms.items()}
+    for name, key in keys.items():
+        if key not in found:
+            found[key] = statistics.median(_norms(paradigm.student, losses[name], draws, parts))
+    return {name: found[key] for name, key in keys.items()}
 
 
 def _norms(student, loss, draws, parts):
