@@ -233,7 +233,7 @@ tags: [distillation, few-step, geometry-aware-distillation]
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{run}")
+pipe = DiffusionPipeline.from_pretrained("{run}"{dtype})
 image = pipe("{prompt}", {call}{extra}).images[0]
 ```
 
@@ -284,6 +284,8 @@ def save_student(run: Run, p: Params, backbone: Backbone, student, folder: Path)
     card = CARD.format(
         run=run, what=what, call=", ".join(f"{k}={v}" for k, v in call.items()),
         extra=backbone.call_hint if mini else "",
+        # The network is in fp32, other parts as they were loaded: a pipeline wants one for all.
+        dtype="" if which.dtype == "float32" else f", dtype=torch.{which.dtype}",
         drawn="The image is a function of the prompt and the initial noise alone."
         if steps == 1 or saved is pipeline else
         "Between steps this pipeline draws new noises; the report's samples, a function of the first alone, have none.",

@@ -66,6 +66,10 @@ class _Kept:
         parts = (self.anew(prompts[i:i + batch], batch) for i in range(0, len(prompts), batch))
         made = Condition.cat([part.to("cpu") for part in parts])  # of many prompts they are larger than networks
         encoder.to("cpu")
+        if not torch.isfinite(made.embeds).all():
+            name = self.backbone.name
+            raise ValueError(f"the text encoder of {name} gives values that are not finite in {encoder.dtype}: set "
+                             f"backbones.{name}.dtype to bfloat16 or float32")
         self._tokens(prompts)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{uuid.uuid4().hex}")  # other stages may be making the same

@@ -11,6 +11,7 @@ off in its backward pass too (`torch.backends.cudnn.allow_tf32 = False`), as thi
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -59,8 +60,10 @@ def response(f: Map, x: Tensor, v: Tensor, h: float, scheme: str = "forward", ba
 def _response(f, x, v, h, scheme, base, of: str, at: str, given: str):
     """`response`, and what the caller calls `f`, `x` and `base`."""
     x, v = _check(x, v, at)
-    if not (isinstance(h, (int, float)) and math.isfinite(h) and h > 0):
+    number = isinstance(h, Real) and not isinstance(h, bool)
+    if not ((number or (isinstance(h, Tensor) and h.ndim == 0)) and math.isfinite(h) and h > 0):
         raise ValueError(f"h={h!r} must be a positive finite number")
+    h = float(h)
     if scheme not in ("forward", "central", "exact"):
         raise ValueError(f"scheme={scheme!r} is unknown: use 'forward', 'central' or 'exact'")
     if scheme == "exact":

@@ -61,7 +61,7 @@ FIGURES = {  # alternative text, caption; what stands in braces depends on the w
     "figure2": ("Curves of value errors and JVP cosines over noise level and over training, a row a backbone.",
                 "Values and tangents: of the local map over noise levels, with intervals; of noise to image over "
                 "training, of few noises, where Table 1 has many; upright lines at the end are the finished students' "
-                "intervals. Line with its interval: the teacher at another guidance scale."),
+                "intervals. Grey: the teacher at another guidance scale, and the untrained student."),
     "figure5": ("Points of {vendi} against CLIP, a column a backbone, with arrows from without to with GAD.",
                 "Diversity against fidelity; an arrow leads from a student without GAD to the one with it. Hollow: "
                 "students of paradigms that have none with it; their intervals are in the table. Crosses and bands "

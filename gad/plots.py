@@ -131,9 +131,13 @@ def figure2(p: Params):
                 at = last["step"] * (1.03 + 0.03 * number)
                 ax.vlines(at, last[f"{key}_low"], last[f"{key}_high"], color=colour, ls=lines[run.paradigm], lw=1.2)
         floors = tables.read(paths.diagnosis(backbone) / "floors.json")
-        for ax, key in zip(row[2:], ("value", "cos"), strict=True):
-            its = _interval(p, floors["teacher, CFG + 1"][key], key, p.evaluation.noises)
-            _across(ax, its, "teacher, guidance scale + 1")
+        for floor, label, ls in (("teacher, CFG + 1", "teacher, guidance scale + 1", "--"),
+                                 ("untrained student", "untrained student", ":")):
+            for ax, key in zip(row[2:], ("value", "cos"), strict=True):
+                _across(ax, _interval(p, floors[floor][key], key, p.evaluation.noises), label, ls)
+            for ax, key in zip(row[:2], ("value", "cos"), strict=True):
+                stats = [_interval(p, at[key], key, p.evaluation.noises)[0] for at in floors[floor]["local"].values()]
+                ax.plot([*map(float, floors[floor]["local"])], stats, color=COLOURS["teacher"], ls=ls, lw=1, zorder=0)
         for values, cosines in (row[:2], row[2:]):
             values.set_yscale("log")
             cosines.set_ylim(0, 1)

@@ -51,11 +51,15 @@ class Tangents:
         return *(backbone.noise(len(prompts), seed) for seed in seeds), backbone.encode(prompts, device="cpu")
 
     def save(self, path: Path, prompts: list[str], seeds: tuple[int, int], dtype=torch.float32):
-        """All but `z`, `v` and `cond`, which follow from `seeds` and `prompts`, in `dtype`."""
-        kept = {k: getattr(self, k)[:, 1:].to("cpu", dtype).contiguous() for k in ("states", "responses")}
-        for name, value in kept.items():
-            if not torch.isfinite(value).all():
-                raise ValueError(f"the teacher's {name} have values that {dtype} cannot hold")
+        """All but `z`, `v` and `cond`, which follow from `seeds` and `prompts`, in `dtype`; in fp32 what that cannot
+        hold: a few responses may be huge."""
+        kept = {}
+        for name in ("states", "responses"):
+            whole = getattr(self, name)[:, 1:].cpu()
+            if not torch.isfinite(whole).all():
+                raise ValueError(f"the teacher's {name} have values that are not finite")
+            low = whole.to(dtype)
+            kept[name] = (low if torch.isfinite(low).all() else whole).contiguous()
         save_file(kept, path, _made(prompts=prompts, seeds=seeds))
 
     @staticmethod
@@ -145,8 +149,10 @@ def _made(**how) -> dict[str, str]:
     return {"made": json.dumps(how)}
 
 
-def _told(meta: dict[str, str]) -> dict:
+def _told(meta: dict[str, str] | None) -> dict:
     """What `_made` was given; files from before it have a key for each."""
+    if not meta:
+        raise SafetensorError("it does not say what it was made of")
     return json.loads(meta["made"]) if "made" in meta else {k: json.loads(v) for k, v in meta.items()}
 
 
@@ -156,4 +162,5 @@ def _read(path: Path, backbone: Backbone, *names: str) -> tuple[list[Tensor], di
         with safe_open(path, "pt", str(backbone.device)) as f:
             return [f.get_tensor(name).float() for name in names], _told(f.metadata())
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): run the diagnose stage again") from None
+        stage = "nearby" if "nearby" in path.parts else "diagnose"
+        raise ValueError(f"{path} cannot be read ({error}): run the {stage} stage again") from None

@@ -344,7 +344,7 @@ def _save(path, task, key, step, rows, write=True):
     for k, v in tensors.items():  # one after another: of sharded roles all processes must gather, one keeps them
         made = _whole(v.detach())
         if write:
-            whole[k] = made.cpu().contiguous().clone()
+            whole[k] = made.cpu().contiguous() if made.is_cuda else made.contiguous().clone()
     if not write:
         return
     part = path.with_suffix(".part")
@@ -360,7 +360,7 @@ def _load(path, task, key):
     except (SafetensorError, OSError) as error:
         name = os.path.relpath(path)
         raise ValueError(f"{name} is not a readable checkpoint ({error}): delete it to start over") from None
-    if meta["key"] != key:
+    if (meta or {}).get("key") != key:
         return 0, []
     for name, role in task.roles.items():
         prefix = f"{name}/module/"

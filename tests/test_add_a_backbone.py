@@ -36,7 +36,7 @@ def copy(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(copy):
+def made(copy, forks):
     before = files(ROOT)
     facts = run("add_a_backbone", STUDY, FACTS, folder=str(copy))
     return facts | {"before": before, "after": files(ROOT)}

@@ -178,6 +178,8 @@ def test_the_local_map_is_held_against_the_guided_teachers(mini, prompts):
     own, guided = (backbone.x0(backbone.network, x, torch.tensor(0.5), cond, cfg).flatten(1) for cfg in (1.0, 3.0))
     expected = (own - guided).square().sum(1) / guided.square().sum(1)
     assert rows["0.5"]["value"] == pytest.approx(expected.tolist(), rel=1e-3)
+    same, more = (local_rows(backbone, backbone.network, t, 3.0, 2, own)["0.5"] for own in (3.0, 4.0))
+    assert max(same["value"]) < 1e-6 < min(more["value"]) and same["cos"] == pytest.approx([1, 1], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["sd2", "pixart"])

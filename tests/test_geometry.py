@@ -4,6 +4,7 @@ import copy
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -284,6 +285,8 @@ def wrong(**change):
         ("h", wrong(h=-0.1)),
         ("h", wrong(h=math.nan)),
         ("h", wrong(h=math.inf)),
+        ("h", wrong(h=True)),
+        ("h", wrong(h=torch.ones(2))),
         ("v", wrong(v=torch.ones(2, 4))),
         ("v", wrong(v=torch.ones(3))),
         ("base", wrong(base=torch.ones(2, 1))),
@@ -297,6 +300,13 @@ def wrong(**change):
 def test_bad_arguments_are_named(name, arguments):
     with pytest.raises(ValueError, match=rf"^(\w+_)?{name}\b"):
         response(**arguments)
+
+
+@pytest.mark.parametrize("h", [np.float32(0.1), np.float64(0.1), torch.tensor(0.1)])
+def test_h_may_be_a_schedules_number(h):
+    x = torch.ones(2, 3)
+    torch.testing.assert_close(response(torch.sin, x, x, h), response(torch.sin, x, x, 0.1))
+
 
 
 def test_bad_arguments_are_named_elsewhere():

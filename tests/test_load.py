@@ -14,10 +14,12 @@ from conftest import build, perturb
 from diffusers import DDIMScheduler
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 from gad import backbones, params, paths, stages
 from gad.backbones import load, load_network, with_lora
 from gad.distill import save_student
+from gad.embeddings import keep
 from gad.params import Run
 from gad.world import teacher as teachers
 
@@ -145,6 +147,55 @@ def test_truncated_weights(copy):
     refused(copy, "unet/diffusion_pytorch_model.safetensors is damaged")
 
 
+def rewritten(folder, part, change):
+    file = next((folder / part).glob("*.safetensors"))
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_lack_some(copy, part):
+    rewritten(copy, part, lambda weights: [weights.pop(k) for k in sorted(weights)[:3]])
+    refused(copy, f"pipeline/{part} lacks 3 of the weights its config has .*: restore the folder")
+    if part == "unet":
+        with pytest.raises(ValueError, match="unet lacks 3 of the weights its config has"):
+            load_network(copy)
+
+
+def test_a_network_with_weights_that_its_config_has_not(copy):
+    rewritten(copy, "unet", lambda weights: weights.update({"more.weight": torch.zeros(3)}))
+    with pytest.raises(ValueError, match=r"unet has weights that its config has not \(more\.weight"):
+        load_network(copy)
+
+
+@pytest.mark.parametrize("name", ["sd2", "pixart", "sana"])
+def test_a_tokenizer_without_its_vocabulary(mini, tmp_path, name):
+    """It would load, and take all prompts for the same."""
+    mini(name).pipeline.save_pretrained(tmp_path)
+    load(tmp_path)
+    (tmp_path / "tokenizer/tokenizer.json").unlink()
+    refused(tmp_path, "tokenizer cannot tell prompts apart, .*: restore the folder")
+
+
+def test_a_network_of_another_backbone(folder, mini):
+    load_network(folder, mini("sd2"))
+    with pytest.raises(ValueError, match="is a StableDiffusionPipeline: its network is none of 'pixart'; make it anew"):
+        load_network(folder, mini("pixart"))
+
+
+def test_a_text_encoder_that_overflows_is_named(mini, tmp_path):
+    """Gemma-2 does in fp16; a loss that is NaN would be blamed on its rate."""
+    backbone = build("sana")
+    with torch.no_grad():
+        backbone.pipeline.text_encoder.embed_tokens.weight[:] = torch.inf
+    keep(backbone, tmp_path, "cpu")
+    fix = r"sana gives values that are not finite in torch\.float32: set backbones\.sana\.dtype to bfloat16"
+    with pytest.raises(ValueError, match=fix):
+        backbone.encode(["a red circle"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_pickled_weights_are_not_read(copy):
     weights = next((copy / "unet").glob("*.safetensors"))
     weights.rename(weights.with_name("diffusion_pytorch_model.bin"))
@@ -255,6 +306,21 @@ def test_a_full_size_student_names_its_source_and_no_licence(mini, tmp_path, mon
         save_student(run, p, backbone, copies.deepcopy(backbone.network), tmp_path / "student")
         card = (tmp_path / "student/README.md").read_text()
         assert terms in card.split("---")[1] and ("license" in card) == ("height=64" in card) == ("mit" in terms)
+
+
+@pytest.mark.parametrize("name", ["sd2", "pixart", "sana"])
+def test_a_card_draws_where_parts_are_in_half_precision(folder, mini, tmp_path, monkeypatch, name):
+    """By the lines that it gives, the student's network being in fp32."""
+    mini(name).pipeline.save_pretrained(tmp_path / "teacher")
+    data = params.load().model_dump()
+    data["backbones"][name] |= {"path": str(tmp_path / "teacher"), "dtype": "bfloat16"}
+    p, run = params.validate(data), Run(name, "tdm", "base", 0)
+    backbone = load(name, p)
+    save_student(run, p, backbone, copies.deepcopy(backbone.network), tmp_path / str(run))
+    monkeypatch.chdir(tmp_path)
+    card, drawn = (tmp_path / str(run) / "README.md").read_text(), {}
+    exec(card.split("```python")[1].split("```")[0], drawn)
+    assert drawn["image"].size == (64, 64) and drawn["pipe"].dtype == torch.bfloat16
 
 
 def test_a_published_pipeline_of_another_prediction_is_refused(mini, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from conftest import build, perturb
 from diffusers import DDIMScheduler, TCDScheduler
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -483,9 +484,22 @@ def test_tangents_survive_the_disk(setting, tmp_path):
     assert torch.equal(back.z, z) and torch.equal(back.v, v) and torch.equal(back.cond.embeds, cond.embeds)
     assert torch.allclose(back.states, t.states, rtol=1e-3, atol=1e-5)
     assert torch.allclose(back.responses, t.responses, rtol=1e-3, atol=1e-5)
-    huge = Tangents(t.states, 1e9 * t.responses, cond)
-    with pytest.raises(ValueError, match=r"responses have values that torch\.float16 cannot hold"):
-        huge.save(tmp_path / "t.safetensors", prompts, (0, 1), torch.float16)
+    huge = Tangents(t.states, 1e9 * t.responses, cond)  # more than fp16 holds
+    huge.save(tmp_path / "t.safetensors", prompts, (0, 1), torch.float16)
+    back = Tangents.load(tmp_path / "t.safetensors", backbone)
+    assert torch.equal(back.responses[:, 1:], huge.responses[:, 1:])
+    assert torch.equal(back.states[:, 1:], t.states[:, 1:].half().float())
+    with pytest.raises(ValueError, match="responses have values that are not finite"):
+        Tangents(t.states, torch.inf * t.responses, cond).save(tmp_path / "t.safetensors", prompts, (0, 1))
+
+
+@pytest.mark.parametrize("stage, place", [("diagnose", "endpoints"), ("nearby", "nearby")])
+def test_tangents_of_unknown_origin_name_the_stage_to_run(mini, tmp_path, stage, place):
+    file = tmp_path / place / "t.safetensors"
+    file.parent.mkdir()
+    save_file({k: torch.zeros(1, 1, 4, 16, 16) for k in ("states", "responses")}, file)
+    with pytest.raises(ValueError, match=rf"t\.safetensors cannot be read \(.*\): run the {stage} stage again"):
+        Tangents.load(file, mini("sd2"))
 
 
 @torch.no_grad()

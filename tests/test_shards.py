@@ -77,10 +77,10 @@ def apart(a, b, part, origin=None):
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
+def shared(tmp_path_factory, forks):
     folder = tmp_path_factory.mktemp("shared")
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-               "29513", __file__, str(folder)]
+    command = [*forks.python, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29513",
+               "--no-python", *forks.python, __file__, str(folder)]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1",
                         "PYTHONPATH": str(params.ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)

@@ -30,7 +30,7 @@ def run(name, cwd, facts, **parameters):
 
 
 @pytest.fixture(scope="module")
-def toy():
+def toy(forks):
     facts = """{
         "results": {form: {key: value.tolist() for key, value in result.items()} for form, result in results.items()},
         "random": starts.index("identity"),
@@ -104,34 +104,35 @@ def _teacher_is_there():
         subprocess.run(pull, cwd=ROOT, check=True, env=os.environ | {"DVC_NO_ANALYTICS": "1"})
 
 
-@pytest.mark.slow
-def test_ten_lines_do_what_their_notebook_says():
-    """As it stands: the base loss costs tangents and values, GAD gives part of both back, at the same base loss."""
+@pytest.fixture(scope="module")
+def ten_lines(forks):
+    """As the notebook stands."""
     _teacher_is_there()
     facts = """{
         "rows": [[row["JVP cosine"], row["value error"]] for row in rows.values()],
-        "losses": [log["base loss"].tail(20).mean() for log in (log_without, log_with)],
+        "logs": [log.values.tolist() for log in (log_without, log_with)],
+        "cosines": {name: c.tolist() for name, c in cosines.items()},
+        "modules": sorted(m for m in sys.modules if m.startswith("gad.")),
     }"""
-    found = run("gad_in_ten_lines", STUDY, facts)
-    (cos, value), (cos_base, value_base), (cos_gad, value_gad) = found["rows"]
-    assert cos - cos_base > 0.03 and cos_gad - cos_base > 0.5 * (cos - cos_base)
-    assert value_base - value > 0.1 and value_base - value_gad > 0.3 * (value_base - value)
-    assert found["losses"][1] == pytest.approx(found["losses"][0], rel=0.1)
+    return run("gad_in_ten_lines", STUDY, facts)
 
 
 @pytest.mark.slow
-def test_ten_lines_run_and_take_geometry_alone():
-    _teacher_is_there()
-    facts = """{
-        "modules": sorted(m for m in sys.modules if m.startswith("gad.")),
-        "logs": [log.values.tolist() for log in (log_without, log_with)],
-        "cosines": {name: c.tolist() for name, c in cosines.items()},
-    }"""
-    found = run("gad_in_ten_lines", STUDY, facts, steps=2, pairs=4, noises=8)
-    assert found["modules"] == ["gad.geometry"]
-    without, with_gad = found["logs"]
+def test_ten_lines_do_what_their_notebook_says(ten_lines):
+    """The base loss costs tangents and values, GAD gives part of both back, at the same base loss."""
+    (cos, value), (cos_base, value_base), (cos_gad, value_gad) = ten_lines["rows"]
+    assert cos - cos_base > 0.03 and cos_gad - cos_base > 0.5 * (cos - cos_base)
+    assert value_base - value > 0.1 and value_base - value_gad > 0.3 * (value_base - value)
+    without, with_gad = (sum(base for base, _ in log[-20:]) / 20 for log in ten_lines["logs"])
+    assert with_gad == pytest.approx(without, rel=0.1)
+
+
+@pytest.mark.slow
+def test_ten_lines_take_geometry_alone(ten_lines):
+    assert ten_lines["modules"] == ["gad.geometry"]
+    without, with_gad = ten_lines["logs"]
     assert without[0] == with_gad[0] and without[1] != with_gad[1]  # the same draws; other students after a step
-    start, *trained = found["cosines"].values()
+    start, *trained = ten_lines["cosines"].values()
     assert all(0 < sum(c) / len(c) < 1 and c != start for c in trained)
 
 

@@ -328,3 +328,11 @@ def test_muon_in_fp32_takes_torchs_step(shape):
     assert torch.cosine_similarity(*(m.flatten() for m in moved), dim=0) > 0.999
     before, after = (torch.linalg.svdvals(m) for m in (gradient, moved[0]))
     assert before[0] / before.median() > 1.4 > after[0] / after.median()  # nearly equal singular values
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_launchers_of_one_trained_network_are_refused(monkeypatch, kind):
+    """Before accelerate looks for what they need."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(ValueError, match=f"^distributed_type={kind}: .* use MULTI_GPU, .*hardware.shard"):
+        prepare(params.load())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -56,21 +57,64 @@ def load(name_or_path: str | Path, params=None, revision: str | None = None) -> 
         )
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise _unloadable(path, class_name, error) from None
+    for part, module in pipeline.components.items():
+        _filled(module, Path(path) / part)
+    _tells(pipeline.tokenizer, path)
     return cls(pipeline, str(name_or_path) if entry else family)
 
 
-def load_network(folder: Path) -> nn.Module:
+def load_network(folder: Path, backbone: Backbone | None = None) -> nn.Module:
     """The network of a pipeline folder and nothing else of it, in fp32: T5 or Gemma stay on disk. ValueError as of
-    `load`."""
-    part = BACKBONES[_family_of(_class_of(folder), folder)].part
+    `load`, and where it is not one that `backbone` can call."""
+    family = BACKBONES[_family_of(class_name := _class_of(folder), folder)]
+    if backbone and not isinstance(backbone, family):
+        raise ValueError(f"{folder} is a {class_name}: its network is none of {backbone.name!r}; make it anew")
+    part = family.part
     named = json.loads((folder / "model_index.json").read_text()).get(part) or (None, None)
     if not (kind := getattr(diffusers, str(named[1]), None)):
         raise ValueError(f"{folder}/model_index.json names no class of its part {part!r}: restore the folder")
     try:
-        network = kind.from_pretrained(folder, subfolder=part, use_safetensors=True, local_files_only=True)
+        network, told = kind.from_pretrained(
+            folder, subfolder=part, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise _unloadable(folder / part, kind.__name__, error) from None
+    _filled(network, folder / part)
+    if extra := told["unexpected_keys"]:
+        raise ValueError(f"{folder / part} has weights that its config has not ({extra[0]}, …): restore the folder")
     return network.requires_grad_(False).eval()
+
+
+def _filled(module, folder: Path):
+    """ValueError where weights are missing: diffusers warns and leaves them on `meta`, transformers draws new ones."""
+    if not isinstance(module, nn.Module):
+        return
+    weights = module.state_dict()
+    lacks = [k for k, w in weights.items() if w.is_meta]
+    if isinstance(module, transformers.PreTrainedModel) and folder.is_dir():
+        names = set()
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt") as f:
+                names.update(f.keys())
+        ends = {end for name in names for end in _ends(name)}  # either may have a prefix that the other has not
+        kept = {k for k in weights if k in ends or names & _ends(k)}
+        tied = {weights[k].data_ptr() for k in kept}  # of which one is kept
+        lacks += [k for k, w in weights.items() if k not in kept and w.data_ptr() not in tied]
+    if lacks:
+        raise ValueError(
+            f"{folder} lacks {len(lacks)} of the weights its config has ({lacks[0]}, …): restore the folder"
+        )
+
+
+def _ends(key: str) -> set[str]:
+    parts = key.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
+
+
+def _tells(tokenizer, path):
+    """ValueError where all prompts are the same: a tokenizer without its vocabulary loads too."""
+    if tokenizer("a red circle").input_ids == tokenizer("a red square").input_ids:
+        raise ValueError(f"{path}/tokenizer cannot tell prompts apart, its vocabulary is not there: restore the folder")
 
 
 def with_lora(backbone: Backbone, source: str, file: str | None = None, revision: str | None = None):

@@ -1,5 +1,6 @@
 """What every backbone offers, and all that paradigms and evaluations may know of one."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,8 +120,11 @@ class Backbone:
         if prompts != [""]:
             _ = self.null  # made now: first asked for in a `torch.func` transform, it would be a dead tensor of it
         unique = list(dict.fromkeys(prompts))
-        index = {p: i for i, p in enumerate(unique)}
-        return self.encode_unlike(unique, batch)[[index[p] for p in prompts]].to(device or self.device)
+        made = self.encode_unlike(unique, batch)
+        if unique != prompts:  # else it stays where it is: a file that all processes see
+            index = {p: i for i, p in enumerate(unique)}
+            made = made[[index[p] for p in prompts]]
+        return made.to(device or self.device)
 
     def encode_unlike(self, prompts: list[str], batch: int) -> Condition:
         """What `encode` makes of prompts that are all different."""
@@ -236,10 +240,18 @@ class Backbone:
         blocks = self.blocks(network)
         chosen = [blocks[len(blocks) * k // 4] for k in (1, 2, 3)]
         found: list[Tensor] = []
-        hooks = [b.register_forward_hook(lambda m, i, o: found.append(o[0] if isinstance(o, tuple) else o))
-                 for b in chosen]
+        # Where activations are made anew, a block's call must come to its end.
+        whole = torch.is_grad_enabled() and getattr(network, "is_gradient_checkpointing", False)
+
+        def keep(module, args, out):
+            found.append(out[0] if isinstance(out, tuple) else out)
+            if len(found) == len(chosen) and not whole:
+                raise _Enough
+
+        hooks = [b.register_forward_hook(keep) for b in chosen]
         try:
-            self.output(network, x_t, t, cond)
+            with suppress(_Enough):
+                self.output(network, x_t, t, cond)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -268,6 +280,10 @@ class Backbone:
             for module, processor in zip(modules, kept, strict=True):
                 module.set_processor(processor)
         return maps
+
+
+class _Enough(Exception):
+    """The network was called for what is there by now."""
 
 
 class _Capture:

@@ -94,14 +94,16 @@ def rounded(data, digits: int = 6):
     return float(f"{data:.{digits}g}") if isinstance(data, float) else data
 
 
-def local_rows(backbone: Backbone, network, test, cfg: float, batch: int) -> dict[str, dict[str, list]]:
-    """The local map `x_t → x̂0` at each of LEVELS, student against guided teacher at the same (x_t, t, c); x_t is
-    the teacher's endpoint, noised with the noise it came from."""
+def local_rows(
+    backbone: Backbone, network, test, cfg: float, batch: int, own: float = 1.0
+) -> dict[str, dict[str, list]]:
+    """The local map `x_t → x̂0` at each of LEVELS, a network guided by `own` against the teacher guided by `cfg` at the
+    same (x_t, t, c); x_t is the teacher's endpoint, noised with the noise it came from."""
     out = {}
     for level in LEVELS:
         x_t = backbone.add_noise(test.x0, test.z, torch.full((len(test),), level, device=test.z.device))
         both = []
-        for net, scale in ((network, 1.0), (backbone.network, cfg)):
+        for net, scale in ((network, own), (backbone.network, cfg)):
             def local(c, net=net, scale=scale, level=level):
                 return lambda x: backbone.x0(net, x, torch.tensor(level), c, scale)
 

@@ -56,7 +56,7 @@ class Classifier:
             network.load_state_dict(state)
         except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
             line = str(error).splitlines()[0]
-            raise ValueError(f"{path} holds no seed classifier ({line}): fit it again") from None
+            raise ValueError(f"{path} holds no seed classifier ({line}): run the references stage again") from None
         return Classifier(made["kind"], network.eval())
 
 

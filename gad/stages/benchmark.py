@@ -1,4 +1,5 @@
-"""What the paper's scale costs: a step of base and of GAD at full architecture size, and from it a plan of the grid.
+"""What the paper's scale costs: a step of base and of GAD at full architecture size, what the teacher makes once a
+backbone, and from them a plan of the grid.
 
 Weights and data are random: a step's time and memory don't depend on what they are. Without a GPU nothing is timed:
 operations are counted, by shapes alone.
@@ -17,17 +18,20 @@ import torch
 
 from .. import architectures, paths
 from ..backbones import BACKBONES, MINIATURES, Backbone
-from ..distill import Distillation, checkpoint
+from ..distill import Distillation, checkpoint, shareable
 from ..evaluation import geometry
+from ..geometry import jvp
 from ..paradigms import find
-from ..params import Params
+from ..params import Params, Run
 from ..tables import cell
 from ..world import autoencoder, scenes
 from .common import prepare, write_json
 from .cost import _Timed
-from .counting import count, random_data
+from .counting import Operations, _Shapes, count, random_data
 
 GRID = ("sd2", "pixart", "sana"), ("ladd", "tdm", "sid"), ("base", "gad")  # the paper's students
+TOLD = {"no": "fp32", "bf16": "bf16"}
+OTHER = {"forward": "exact", "central": "exact", "exact": "forward"}
 
 
 @dataclass(frozen=True)
@@ -50,25 +54,25 @@ PAGE = """# What the paper's scale costs
 {measured}
 
 {rows}
-{counts}
+{counts}{targets}
 ## Plan
 
-The paper's grid, {grid}.{warning}
+Students: {grid}.{warning}
 
 {plan}
 
 {hours}
 
 All devices are alike and none is lost between them; where memory is short for a device's share of a batch, it takes
-that in parts (`hardware.parts`). Not in it: the probes, exact tangents of `hardware.tangents` noises at once
+that in parts (`hardware.parts: {parts}`). Not in it: the probes, exact tangents of `hardware.tangents` noises at once
 beside what is trained. Schedules:
 
 {sources}
 """
-TIMED = """Measured: {measured}; precision {precision}{options}; PyTorch {torch}. Base and GAD (`{form}` form) take
-turns, {blocks} blocks each; medians of a step, and of the ratio of neighbouring blocks, with a 95 % bootstrap interval
-over blocks. Images/s counts the base's batch in both. Memory is the peak of the process (CPU) or of what is allocated
-(GPU)."""
+TIMED = """Measured: {measured}{options}; PyTorch {torch}. A step takes its batch in {parts} part(s) (`hardware.parts`).
+Base and GAD (`{form}` form) take turns, {blocks} blocks each; medians of a step, and of the ratio of neighbouring
+blocks, with a 95 % bootstrap interval over blocks. Images/s counts the base's batch in both. Memory is the peak of the
+process (CPU) or of what is allocated (GPU)."""
 COUNTED = """## Operations
 
 Of matrix products, convolutions and attention, forward and backward, for each image of the base's batch, counted at
@@ -79,10 +83,11 @@ all networks of a run, in fp32, without any activation.
 
 """
 TARGETS = """
-## Before training, once a backbone
+## The teacher's own, once a backbone
 
-Seconds for each sample of the teacher, for paradigms that learn from them, and for each of its paths with exact
-tangents, for GAD; in fp32.
+By the numbers of params.yaml, in fp32: samples for the stages teacher, diagnose and references (no more than that:
+noises that are chosen twice are drawn once), and paths with exact tangents, of which GAD's students learn, for diagnose
+and nearby. Not in it: gradients of layout guidance, and what takes few steps.{how}
 
 {targets}
 
@@ -104,11 +109,13 @@ def benchmark(
     tflops: tuple[float, float] = (300.0, 40.0),
 ) -> dict:
     """Count the operations of `paradigms` on `backbones` at full size; where there is a GPU time them too, base and GAD
-    taking turns; and plan the paper's grid by it. Prints a page, kept in reports/benchmark.md, and writes
-    reports/benchmark.json: {device, torch, precision, compile, …, rows, targets, plan}; returns the same.
+    taking turns; the same of what the teacher makes; and plan these students by it. Prints a page, kept in
+    reports/benchmark.md, and writes reports/benchmark.json: {device, torch, compile, …, rows, targets, plan}; returns
+    the same.
 
-    `batch`: images a step on this one device (`distill.batch`); GAD's pairs keep their proportion to it. `precision`:
-    "no" (fp32) or "bf16" (`distill.precision`); weights are fp32. `compiled`: each block by torch.compile.
+    `batch`: images a step on this one device (`distill.batch`), which takes them in `hardware.parts`, as training does;
+    GAD's pairs keep their proportion to it. `precision`: "no" (fp32) or "bf16", of all `backbones`; else each has its
+    own (`distill.precision`, `distill.fp32`). Weights are fp32. `compiled`: each block by torch.compile.
     `checkpointing`: of all networks that are differentiated (`hardware.checkpointing`). `miniature`: time the
     pipeline's small networks, on any machine. `schedules`, by paradigm: other ones than those of params.yaml, or,
     where its backbones are miniatures and full size is asked for, than SCHEDULES. `gpus`: on how many the plan's hours
@@ -119,34 +126,35 @@ def benchmark(
     batch = p.distill.batch if batch is None else batch
     checkpointing = p.hardware.checkpointing if checkpointing is None else checkpointing
     _check(p, backbones, paradigms, blocks, batch, precision, miniature, gpus, tflops)
-    if precision is None:
-        own = {name: p.training(_family(name)).precision for name in backbones}
-        if len(set(own.values())) > 1:
-            raise ValueError(f"precision: backbones train in several ({own}): give --precision, or one of them")
-        precision = own[backbones[0]]
-    own = {k: Schedule(p.steps(k, "base"), p.distill.batch, "params.yaml") for k in GRID[1]}
-    published = not miniature and not all(p.backbones[_family(name)].path for name in backbones)
-    schedules = (SCHEDULES if published else own) | (schedules or {})
-    timed = miniature or torch.cuda.is_available()
-    accelerator = prepare(p, precision if timed else "no")
-    precision = accelerator.mixed_precision if timed else precision  # a CPU without bf16 takes fp32
-    device = accelerator.device
     pairs = max(1, round(p.gad.pairs * batch / p.distill.batch))
     gad = p.gad.model_copy(update={"pairs": pairs})
-    rows, targets = [], []
+    _check_parts(p, Run(_family(backbones[0]), paradigms[0], "gad", 0), batch, gad)
+    own = {k: Schedule(p.steps(k, "base"), p.distill.batch, "params.yaml") for k in paradigms}
+    published = not miniature and not all(p.backbones[_family(name)].path for name in backbones)
+    known = own | (SCHEDULES if published else {}) | (schedules or {})
+    schedules = {k: known[k] for k in paradigms}
+    timed = miniature or torch.cuda.is_available()
+    rows, targets, against = [], [], []
     for name in backbones:
         model = data = None
         which = p.backbones[_family(name)]
+        trained = precision or p.training(_family(name)).precision
+        accelerator = prepare(p, trained if timed else "no")
+        device = accelerator.device
+        trained = accelerator.mixed_precision if timed else trained  # a CPU without bf16 takes fp32
+        if trained == "bf16" and _family(name) in p.distill.fp32:
+            against.append(name)
         if timed:
             make = partial(_miniature, p=p) if miniature else architectures.build
             model = _fits(partial(make, name, device=device))
             data = model and random_data(model, which.student_steps, 4 * max(batch, pairs), p.seeds.world)
+        found = {"sample": None, "tangents": None}
         if model:
-            steps = which.teacher_steps
             found = _targets(model, which, data, batch, p.hardware.tangents)
-            targets.append({"backbone": name, "steps": steps} | found)
+        found |= {} if miniature else _teacher(name, which)
+        targets.append({"backbone": name, "steps": which.teacher_steps} | found | _made(found, timed, p, name, tflops))
         for paradigm in paradigms:
-            row = {"backbone": name, "paradigm": paradigm, "batch": batch, "pairs": pairs}
+            row = {"backbone": name, "paradigm": paradigm, "precision": trained, "batch": batch, "pairs": pairs}
             row["parameters"] = model and sum(x.numel() for x in model.network.parameters())
             if timed:
                 row |= _row(model, paradigm, which, data, gad, p, batch, blocks, compiled, checkpointing, accelerator)
@@ -163,12 +171,11 @@ def benchmark(
         _free()
     named = torch.cuda.get_device_name() if device.type == "cuda" else f"{p.threads} CPU thread(s)"
     measured = f"{'miniature' if miniature else 'full size'}, {named if timed else 'operations counted'}"
-    speed = tflops[precision != "bf16"]
     report = {
-        "device": named if timed else None, "torch": torch.__version__, "precision": precision,
-        "compile": compiled, "checkpointing": checkpointing, "measured": measured, "form": p.gad.form,
-        "scheme": p.gad.scheme, "blocks": blocks, "tflops": list(tflops), "rows": rows, "targets": targets,
-        "plan": plan(rows, schedules, gpus, measured, (speed, speed if p.gad.scheme == "exact" else tflops[1])),
+        "device": named if timed else None, "torch": torch.__version__, "against": against,
+        "compile": compiled, "checkpointing": checkpointing, "parts": p.hardware.parts, "measured": measured,
+        "form": p.gad.form, "scheme": p.gad.scheme, "blocks": blocks, "tflops": list(tflops), "rows": rows,
+        "targets": targets, "plan": plan(rows, schedules, gpus, measured, tflops, p.gad.scheme == "exact"),
         "schedules": {k: asdict(s) for k, s in schedules.items()},
     }
     write_json(paths.REPORTS / "benchmark.json", report)
@@ -182,12 +189,52 @@ NOTHING |= {"ratio": None, "ratio_low": None, "ratio_high": None, "note": ""}
 
 
 def _counted(name, paradigm, p) -> dict:
-    """Operations an image: of a step without GAD, of GAD alone, of GAD by exact tangents. And the bytes held."""
-    terms = {"gad": p.gad, "exact": p.gad.model_copy(update={"scheme": "exact"})}
+    """Operations an image: of a step without GAD, of GAD alone, of GAD by the other scheme. And the bytes held."""
+    other = OTHER[p.gad.scheme]
+    terms = {"gad": p.gad, other: p.gad.model_copy(update={"scheme": other})}
     found, n = count(name, paradigm, terms, p, p.distill.batch, 2), p.distill.batch
     return {"parameters": found.parameters, "held": found.held, "operations_base": found.base / n} | {
         f"operations_{key}": x / n for key, x in found.terms.items()
     }
+
+
+def _teacher(name, which) -> dict:
+    """Operations of a sample of the full-size teacher, and of one of its paths with exact tangents: of its steps, which
+    are alike."""
+    model = _Shapes(name)
+    (z, v), cond = torch.randn(2, 1, *model.latent_shape), model.encode(["a prompt"], device="cpu")
+
+    def step(z):
+        return model.output(model.network, z, torch.ones(1), cond, which.cfg)
+
+    with torch.no_grad():
+        with Operations() as one:
+            step(z)
+        with Operations() as both:
+            jvp(step, z, v)
+    steps = which.teacher_steps
+    return {"operations_sample": one.total * steps, "operations_tangents": both.total * steps}
+
+
+def _made(found, timed, p, name, tflops) -> dict:
+    """How many samples and paths with tangents the stages take of a teacher, in whole ones, their operations and the
+    device-hours of both: by the seconds that were `found` for each, or by operations at the speed assumed in fp32."""
+    e, n, u = p.evaluation, p.endpoints, p.uses
+    ends = 6 if p.backbones[_family(name)].world == "coco" else 12  # of Table 6's attributes
+    many = {
+        "samples": p.teacher_of(_family(name)).prompts + n.samples + e.trajectory_prompts  # then references
+        + u.seeds * u.prompts + u.library // 2 + u.prompts  # unprompted is without guidance: half a sample
+        + ends * u.picks * u.query + u.layouts * (3 + len(u.sweep)),
+        # Test noises: their own, at CFG + 1 and in half the steps; along the path, and at the noises nearby.
+        "paths": n.pairs + n.probes + round(e.prompts * e.noises * (3.5 + len(p.nearby.sizes))),
+    }
+
+    def total(*each):
+        return None if None in each else sum(x * k for x, k in zip(each, many.values(), strict=True))
+
+    work = total(found.get("operations_sample"), found.get("operations_tangents"))
+    seconds = total(found["sample"], found["tangents"]) if timed else work / (1e12 * tflops[1])
+    return many | {"exaflop": work and work / 1e18, "device_hours": seconds and seconds / 3600}
 
 
 def _check(p, backbones, paradigms, blocks, batch, precision, miniature, gpus, tflops):
@@ -204,13 +251,22 @@ def _check(p, backbones, paradigms, blocks, batch, precision, miniature, gpus, t
         find(name)
     if precision not in (None, "no", "bf16"):
         raise ValueError(f"precision={precision!r} is not timed: use 'no' (fp32) or 'bf16'")
-    for key, value, least in (("blocks", blocks, 2), ("batch", batch, 1), ("gpus", gpus, 1)):
+    given = (("backbones", len(backbones), 1), ("paradigms", len(paradigms), 1))
+    for key, value, least in (*given, ("blocks", blocks, 2), ("batch", batch, 1), ("gpus", gpus, 1)):
         if value < least:
             raise ValueError(f"{key}={value} is too few: use {least} or more")
     if not all(x > 0 for x in tflops):
         raise ValueError(f"tflops={tflops}: give what a device sustains in bf16 and in fp32, above 0")
     if p.gad.lam == 0:
         raise ValueError("gad.lam=0 leaves no GAD to time: set a positive weight")
+
+
+def _check_parts(p, run, batch, gad):
+    distill = p.distill.model_copy(update={"batch": batch})
+    try:
+        shareable(run, p.model_copy(update={"distill": distill, "gad": gad}), 1)
+    except ValueError as error:
+        raise ValueError(f"batch={batch}, with {gad.pairs} pairs: {error}") from None
 
 
 def _family(name):
@@ -305,32 +361,35 @@ def _tasks(model, name, which, data, gad, p, batch, compiled, checkpointing, acc
         for block in model.blocks(network):  # not the whole network: hooks on blocks stay outside
             block.forward = torch.compile(block.forward)
     cycle = int(p.paradigms[name].get("ratio", 1)) * gad.every
-    return {k: _Timed(task, cycle, accelerator) for k, task in tasks.items()}
+    return {k: _Timed(task, cycle, accelerator, p.hardware.parts) for k, task in tasks.items()}
 
 
 def plan(
-    rows: list[dict], schedules: dict[str, Schedule], gpus: int, measured: str, tflops: tuple[float, float] = (300, 40)
+    rows: list[dict], schedules: dict[str, Schedule], gpus: int, measured: str,
+    tflops: tuple[float, float] = (300, 40), exact: bool = False,
 ) -> list[dict]:
-    """Device-hours, hours on `gpus` devices, operations and the MB that were measured on one, of every student of the
-    paper's grid, then of all: from the images/s of `rows`, which were `measured` so, or where there are none from
-    their operations, at `tflops` of the base's and of GAD's. None where there is neither."""
-    found = {(row["backbone"], row["paradigm"]): row for row in rows}
+    """Device-hours, hours on `gpus` devices, operations and the MB that were measured on one, of every row's student
+    without and with GAD, then of all: from the images/s of `rows`, which were `measured` so, or where there are none
+    from their operations, at `tflops` in bf16 and in fp32, by each row's precision; GAD's in fp32 unless they are
+    `exact`. None where there is neither."""
     cells = []
-    for backbone, paradigm, variant in product(*GRID):
-        row, schedule = found.get((backbone, paradigm), {}), schedules[paradigm]
+    for row, variant in product(rows, GRID[2]):
+        precision, schedule = row.get("precision", "no"), schedules[row["paradigm"]]
         rate, images = row.get(f"images_{variant}"), schedule.steps * schedule.batch
         work = [row.get("operations_base"), row.get("operations_gad") if variant == "gad" else 0]
+        own = tflops[precision != "bf16"]
+        speeds = own, own if exact else tflops[1]
         hours = None
         if rate:
             hours = images / rate / 3600
         elif work[0] and not row.get("note"):
-            hours = images * sum(w / (1e12 * speed) for w, speed in zip(work, tflops, strict=True)) / 3600
+            hours = images * sum(w / (1e12 * speed) for w, speed in zip(work, speeds, strict=True)) / 3600
         cells.append({
-            "backbone": backbone, "paradigm": paradigm, "variant": variant,
+            "backbone": row["backbone"], "paradigm": row["paradigm"], "variant": variant, "precision": precision,
             "steps": schedule.steps, "batch": schedule.batch, "exaflop": work[0] and images * sum(work) / 1e18,
             "device_hours": hours, "gpus": gpus, "hours": hours and hours / gpus,
             "memory": row.get(f"memory_{variant}"),
-            "measured": measured if hours else "no: out of memory" if row else "no",
+            "measured": measured if hours else "no: out of memory",
         })
     known = [c for c in cells if c["device_hours"]]
     hours = sum(c["device_hours"] for c in known) if known else None
@@ -345,53 +404,64 @@ def plan(
 
 def page(report: dict) -> str:
     """The report as Markdown."""
-    rows, counted = report["rows"], any("operations_base" in r for r in report["rows"])
+    rows = [r | {"precision": TOLD[r["precision"]]} for r in report["rows"]]
+    counted, timed = any("operations_base" in r for r in rows), report["device"] is not None
     titles = {"backbone": "backbone", "paradigm": "paradigm"}
+    (high, low), how, other = report["tflops"], "", OTHER[report["scheme"]]
     options = ", compiled" * report["compile"] + ", gradient checkpointing" * report["checkpointing"]
-    if report["device"]:
+    if timed:
         measured = TIMED.format(**report, options=options)
         shown = _table([r | {
             "millions": r["parameters"] and r["parameters"] / 1e6,
             "ratio": r["ratio"] and cell(r["ratio"], r["ratio_low"], r["ratio_high"], ".2f"),
         } for r in rows], titles | {
-            "millions": "parameters, M", "batch": "batch", "pairs": "pairs", "seconds_base": "base, s",
-            "seconds_gad": "GAD, s", "ratio": "GAD / base", "images_base": "base, images/s",
+            "millions": "parameters, M", "precision": "precision", "batch": "batch", "pairs": "pairs",
+            "seconds_base": "base, s", "seconds_gad": "GAD, s", "ratio": "GAD / base", "images_base": "base, images/s",
             "images_gad": "GAD, images/s", "memory_base": "base, MB", "memory_gad": "GAD, MB", "note": "",
         })
-        shown += "\n" + TARGETS.format(targets=_table(report["targets"], {
-            "backbone": "backbone", "steps": "steps", "sample": "a sample, s", "tangents": "a path with tangents, s"
-        }))
+        each = {"sample": "a sample, s", "tangents": "a path with tangents, s"}
         hours = "Hours follow from the images/s above, `steps × batch / (images/s) / 3600`."
     else:
         measured, shown = "**Nothing was timed**: there is no GPU.", ""
-        (high, low), told = report["tflops"], "bf16" if report["precision"] == "bf16" else "fp32"
+        each = {"sample": "a sample, TFLOP", "tangents": "a path with tangents, TFLOP"}
+        how = f" Hours are by the **assumed** speed in fp32, {low:g} TFLOP/s."
         hours = (
-            f"Hours are by **assumed** speeds (`--tflops`): {high:g} TFLOP/s in bf16, {low:g} in fp32. Precision: "
-            f"{told}; `gad.scheme: {report['scheme']}`. A difference is in fp32 whatever the precision, dividing "
+            f"Hours are by **assumed** speeds (`--tflops`): {high:g} TFLOP/s in bf16, {low:g} in fp32, by each row's "
+            f"precision; `gad.scheme: {report['scheme']}`. A difference is in fp32 whatever the precision, dividing "
             "rounding by h: beside a base in bf16 its share of time exceeds that of operations. Exact tangents are in "
             "the base's precision."
         )
+    if report["against"]:
+        measured += f" `--precision` has {', '.join(report['against'])} in bf16, which `distill.fp32` keeps in fp32."
+    targets = TARGETS.format(how=how, targets=_table([
+        t if timed else t | {k: t[f"operations_{k}"] / 1e12 for k in each} for t in report["targets"]
+    ], {
+        "backbone": "backbone", "steps": "steps", **each, "samples": "samples", "paths": "paths",
+        **({"exaflop": "10¹⁸ operations"} if counted else {}), "device_hours": "device-hours",
+    }))
     counts = _table([r | {
         "millions": r["parameters"] / 1e6, "base": r["operations_base"] / 1e12, "held": r["held"] / 2**30,
-        **{key: f"{1 + r[f'operations_{key}'] / r['operations_base']:.2f}" for key in ("gad", "exact")},
+        **{key: f"{1 + r[f'operations_{key}'] / r['operations_base']:.2f}" for key in ("gad", other)},
     } for r in rows], titles | {
         "millions": "parameters, M", "base": "base, TFLOP", "gad": f"GAD, {report['scheme']} / base",
-        "exact": "GAD, exact / base", "held": "held, GiB",
+        other: f"GAD, {other} / base", "held": "held, GiB",
     }) if counted else ""
-    gpus, timed = report["plan"][0]["gpus"], report["device"] is not None
-    cells = _table(report["plan"], titles | {
-        "variant": "variant", "steps": "steps", "batch": "batch",
+    gpus, images = report["plan"][0]["gpus"], rows[0]["batch"]
+    cells = _table([c | {"precision": TOLD.get(c["precision"])} for c in report["plan"]], titles | {
+        "variant": "variant", "precision": "precision", "steps": "steps", "batch": "batch",
         **({"exaflop": "10¹⁸ operations"} if counted else {}),
         "device_hours": "device-hours", "hours": f"hours on {gpus}",
-        **({"memory": f"MB, {rows[0]['batch']} images on one", "measured": "measured"} if timed else {}),
+        **({"memory": f"MB, {images} images on one", "measured": "measured"} if timed else {}),
     })
     warning = ""
     if report["measured"].startswith("miniature"):
         warning = "\n**Nothing was measured at full size**: the hours are those of the miniatures."
+    given = *(tuple(dict.fromkeys(r[k] for r in rows)) for k in titles), GRID[2]
     return PAGE.format(
-        measured=measured, rows=shown, counts=COUNTED.format(table=counts) if counted else "",
-        grid=" × ".join("{" + ", ".join(x) + "}" for x in GRID), warning=warning, plan=cells, hours=hours,
-        sources="\n".join(f"- {k}: {report['schedules'][k]['source']}" for k in GRID[1]),
+        measured=measured, rows=shown, counts=COUNTED.format(table=counts) if counted else "", targets=targets,
+        grid=" × ".join("{" + ", ".join(x) + "}" for x in given) + ", the paper's grid" * (given == GRID),
+        warning=warning, plan=cells, hours=hours, parts=report["parts"],
+        sources="\n".join(f"- {k}: {s['source']}" for k, s in report["schedules"].items()),
     )
 
 

@@ -37,7 +37,7 @@ def chain(run: Run, p: Params) -> dict:
     """The steps of student `run`, one by one and one after another, on its teacher's paths and on its own."""
     device = prepare(p).device
     teacher = placed(device, run.backbone, p)
-    student = load_network(paths.student(run)).to(device)
+    student = load_network(paths.student(run), teacher).to(device)
     its = Tangents.load(paths.nearby(run.backbone) / "paths.safetensors", teacher)
     if its.steps != (steps := p.student_steps(run)):
         name = f"data/nearby/{run.backbone}"

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import load_file, save_file
 
 from .. import geometry, paths
@@ -37,6 +37,12 @@ def prepare(p: Params, precision: str = "no", track: str | None = None) -> Accel
     AcceleratorState._reset_state()  # several stages may share one notebook or session
     if track and importlib.util.find_spec(track) is None:
         raise ValueError(f"track={track!r} is not installed: pip install {track}")
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # by their launchers' names, before accelerate looks for them
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in ("true", "1"):
+            raise ValueError(
+                f"distributed_type={kind}: accelerate prepares one trained network so, and here are several; use "
+                "MULTI_GPU, and where memory is short hardware.shard, checkpointing and parts"
+            )
     made = Accelerator(
         cpu=not torch.cuda.is_available(), mixed_precision=precision, log_with=track, project_dir=paths.tracking(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # others wait while one encodes prompts
@@ -44,11 +50,6 @@ def prepare(p: Params, precision: str = "no", track: str | None = None) -> Accel
     torch.backends.cudnn.allow_tf32 = False  # the older name of the same: where the two differ, reading it fails
     for kind in geometry.TF32:
         kind.fp32_precision = "ieee"  # TF32 would leave finite differences little but rounding
-    if made.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"distributed_type={made.distributed_type.value}: accelerate prepares one trained network so, and here "
-            "are several; use MULTI_GPU, and where memory is short hardware.shard, checkpointing and parts"
-        )
     return made
 
 

@@ -88,6 +88,8 @@ def diagnose(backbone: str, p: Params) -> dict:
     for name, (steps, cfg) in other.items():
         y, response = tangents(test.z, test.v, test.cond, steps, cfg)
         floors[name] = geometry.row(y, response, test.x0, test.jv)
+    for name, own in (("teacher, CFG + 1", which.cfg + 1), ("untrained student", 1.0)):
+        floors[name]["local"] = geometry.local_rows(teacher, teacher.network, test, which.cfg, e.batch, own)
     shifted = (torch.roll(a, e.noises, 0) for a in (test.x0, test.jv))
     floors[geometry.OTHERS] = geometry.row(*shifted, test.x0, test.jv)
     write_json(folder / "floors.json", floors)

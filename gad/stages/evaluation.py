@@ -20,7 +20,7 @@ def evaluate(run: Run, p: Params) -> dict:
     which, e, seed = p.backbones[run.backbone], p.evaluation, p.seeds.world
     accelerator, world = prepare(p), world_of(run.backbone, p)
     teacher = placed(accelerator.device, run.backbone, p)
-    student = load_network(paths.student(run)).to(accelerator.device)
+    student = load_network(paths.student(run), teacher).to(accelerator.device)
     test = Tangents.load(paths.diagnosis(run.backbone) / "test.safetensors", teacher)
     steps = p.student_steps(run)
 

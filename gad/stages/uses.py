@@ -65,7 +65,13 @@ class _Model:
             return backbone.sample(self.network, z[j], own, self.steps, self.cfg, first=self.first)
 
         latents = self.kept(part, z, batch, prompts)
-        return torch.cat([backbone.decode(x.to(z.device)).cpu() for x in latents.split(batch)])
+        images = None
+        for i in range(0, len(latents), batch):
+            made = backbone.decode(latents[i:i + batch].to(z.device))
+            if images is None:  # once: of thousands of photographs, two copies would be all of a machine's memory
+                images = torch.empty(len(latents), *made.shape[1:])
+            images[i:i + batch] = made
+        return images
 
     def kept(self, part, z, batch, *own) -> torch.Tensor:
         """Latents, on the CPU, that `part` makes of noises z, `batch` at a time; `own`: what else they depend on."""
@@ -142,7 +148,7 @@ def use(run: Run, p: Params) -> dict:
     """The same measures of student `run`, and of a base student's images with the hybrid sampler."""
     bench = _Bench(run.backbone, p, f"use-{run}")
     teacher, which = bench.backbone, bench.which
-    student, steps = load_network(paths.student(run)).to(teacher.device), p.student_steps(run)
+    student, steps = load_network(paths.student(run), teacher).to(teacher.device), p.student_steps(run)
     classifiers = {kind: seeds.Classifier.load(bench.folder / f"{kind}.safetensors") for kind in KINDS}
     library = tables.read(bench.folder / "library.json")
     model = bench.model(student, steps, 1.0)

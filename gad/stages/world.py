@@ -32,7 +32,12 @@ def teacher(backbone: str, p: Params) -> dict:
     folder = paths.autoencoder(which.autoencoder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no autoencoder: `python -m gad autoencoder {which.autoencoder}` trains it")
-    vae = (AutoencoderDC if which.autoencoder == "dc" else AutoencoderKL).from_pretrained(folder)
+    try:
+        vae = (AutoencoderDC if which.autoencoder == "dc" else AutoencoderKL).from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0]
+        fix = f"`dvc pull` it, or `python -m gad autoencoder {which.autoencoder}` trains it"
+        raise ValueError(f"{folder} cannot be loaded ({line}): {fix}") from None
     vae.register_to_config(_name_or_path=which.autoencoder)  # or the folder's path would go into what is saved
     training, seed = p.teacher_of(backbone), p.seeds.world
     config = training.model_dump()

@@ -23,7 +23,10 @@ HYBRID = ", first step by the teacher"
 def read(path: Path) -> dict:
     if not path.exists():
         raise FileNotFoundError(f"{path.relative_to(paths.ROOT)} is missing: run its stage, `dvc repro`")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path.relative_to(paths.ROOT)} is not JSON ({error}): run its stage again") from None
 
 
 def fit(result: dict) -> list[float]:

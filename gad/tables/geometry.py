@@ -83,6 +83,8 @@ def table1(p: Params) -> pd.DataFrame:
             if name == OTHERS:
                 del measured["spectral_kl"]  # the teacher's own spectra, in another order
             add(backbone, name, "endpoint", measured)
+            for level, row in floor.get("local", {}).items():
+                add(backbone, name, f"local t={level}", measure([row], n, noises))
         teacher, found = read(paths.teacher_metrics(backbone)), models(p, backbone)
         add(backbone, "teacher", "images", accuracy([teacher], n))
         for (paradigm, variant), results in found.items():
@@ -225,7 +227,8 @@ def write(p: Params) -> pd.DataFrame:
     ]
     save("table1", long, text)
     grid = {label(r) for r in p.grid.runs(p.seeds.distill)}
-    summary = wide(long[long["model"].isin(grid)], ["endpoint", "images"],
+    between = ("teacher, CFG + 1", "untrained student")  # a ceiling and a floor
+    summary = wide(long[long["model"].isin(grid.union(between))], ["endpoint", "images"],
                    ["cos", "ratio", "spectral_kl", "relative", "scene", "pickscore"]).to_markdown(index=False) + "\n"
     (paths.TABLES / "summary.md").write_text(summary)
     return long
