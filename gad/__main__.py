@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from .params import ParamsError, Run, assignment, load, read
+from .schema import SEEDS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
          ("backbone", "paradigm", "variant", "seed")),
         ("weigh", "the gradients of a paradigm's own loss and of every term beside it, by which to choose λ",
          ("backbone", "paradigm")),
-        ("benchmark", "count full-size steps, time them on a GPU, plan the paper's grid; reports/benchmark.json", ()),
+        ("benchmark", "count full-size steps, time them on a GPU, plan their training; reports/benchmark.json", ()),
         ("cost", "time a step of every paradigm without and with GAD; reports/cost.md", ("backbone", "blocks")),
     ):
         command = commands.add_parser(name, help=text)
@@ -69,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
             if getattr(args, name, None) not in (None, *choices):
                 there = ", ".join(choices) or "none in params.yaml's published section"
                 raise ParamsError(f"{name}={getattr(args, name)!r} is unknown: there are {there}")
+        if getattr(args, "seed", 0) not in SEEDS:
+            raise ParamsError(f"seed={args.seed} is no seed: give 0 to {SEEDS[-1]}")
         if "paradigm" in args:
             key = (Run(args.backbone, args.paradigm, getattr(args, "variant", "base"), getattr(args, "seed", 0)),)
         else:

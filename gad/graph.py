@@ -79,7 +79,11 @@ def _without_outputs():
     """PipelineError where a stage's notebook was run in place: DVC would take its stages, and all that follows, for
     changed."""
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        cells = json.loads(path.read_text())["cells"]
+        try:
+            cells = json.loads(path.read_text())["cells"]
+        except (ValueError, KeyError, TypeError):
+            name = path.relative_to(ROOT)
+            raise PipelineError(f"{name} is not a notebook, or half of one: `git checkout {name}`") from None
         if any(c.get("outputs") or c.get("execution_count") for c in cells):
             name = path.relative_to(ROOT)
             raise PipelineError(f"{name} holds outputs, by which its stages would run anew: `make strip` empties it")
@@ -122,7 +126,7 @@ def _status() -> tuple[set[str], set[str], set[str], set[str]]:
 
 def _forced(fresh, parents) -> set[str]:
     """Stages to run although unchanged: those of `fresh`, or those an interrupted run still owes."""
-    begun, *owed = PENDING.read_text().split() if PENDING.exists() else (None,)
+    begun, *owed = _pending()
     order = [*FRESH]
     if begun and order.index(fresh) <= order.index(begun):
         print(f"going on with FRESH={begun}, which was interrupted (rm {PENDING} forgets it)")
@@ -139,12 +143,25 @@ def _forced(fresh, parents) -> set[str]:
     return forced
 
 
+def _pending() -> list[str | None]:
+    """What an interrupted run was asked for, and the stages it still owes."""
+    if not PENDING.exists():
+        return [None]
+    said = PENDING.read_text("utf-8", "replace").split()
+    if said and said[0] in FRESH:
+        return said
+    print(f"{PENDING} does not say what was interrupted: left out of account", file=sys.stderr, flush=True)
+    return [None]
+
+
 def _owe(stages, fresh=None):
     """`fresh`: what the run was asked for, where it begins."""
     if stages:
-        fresh = fresh or PENDING.read_text().split()[0]
+        fresh = fresh or _pending()[0]
         PENDING.parent.mkdir(parents=True, exist_ok=True)
-        PENDING.write_text("\n".join([fresh, *sorted(stages)]) + "\n")
+        part = PENDING.with_suffix(".part")
+        part.write_text("\n".join([fresh, *sorted(stages)]) + "\n")
+        os.replace(part, PENDING)
     else:
         PENDING.unlink(missing_ok=True)
 

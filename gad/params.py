@@ -12,6 +12,8 @@ from .schema import PLAIN, TERM, Block, Distill, Gad, Run, Sections, Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 
+VARIANTS = ("base", "gad")  # that are always there
+NEED_A_FAKE = ("score", "paired-score", "released")  # forms of GAD; the others learn from the teacher's paths
 TOGETHER = {"unrelated": 2, "rkd": 3, "similarity": 2}  # forms of GAD that are of samples together: the fewest of them
 
 
@@ -28,14 +30,21 @@ def _wrong(key: str, value: float) -> str | None:
     return None
 
 
-def _settings(name: str) -> tuple[str, ...]:
-    """A paradigm's keys, as its file has them: importing it would import torch. () where they are no plain tuple."""
+def _said(name: str, attribute: str):
+    """A paradigm's `settings` or `form`, as its file has it: importing it would import torch. None where it is no plain
+    value."""
     try:
         nodes = ast.walk(ast.parse((ROOT / f"gad/paradigms/{name}.py").read_text("utf-8")))
-        found = (n.value for n in nodes if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "settings")
-        return tuple(map(ast.literal_eval, next(found).elts))
-    except (AttributeError, StopIteration, SyntaxError, ValueError):
-        return ()
+        found = (n.value for n in nodes if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == attribute)
+        return ast.literal_eval(next(found))
+    except (StopIteration, SyntaxError, ValueError):
+        return None
+
+
+def _fakeless(name: str) -> bool:
+    """Whether a paradigm's file says that it has no fake score: neither of its own nor of another's."""
+    text = (ROOT / f"gad/paradigms/{name}.py").read_text("utf-8")
+    return _said(name, "form") is None and bool(re.search(r"^class \w+\((Paradigm|Adversarial)\)", text, re.M))
 
 
 class Params(Sections):
@@ -50,7 +59,7 @@ class Params(Sections):
         for key, block in self.blocks.items():
             if not block.runs(self.seeds.distill):
                 continue
-            variants = self.controls if block in self.further.controlled else ("base", "gad")
+            variants = self.controls if block in self.further.controlled else VARIANTS
             checks += [
                 # teachers are made for the grid's backbones
                 (f"{key}.backbones", block.backbones, self.backbones if key == "grid" else self.grid.backbones,
@@ -80,6 +89,7 @@ class Params(Sections):
                 raise ValueError(f"published.{key}: its key must be its students' name: write {name}")
         if self.hardware.shard and self.distill.optimiser == "adamw8bit":
             raise ValueError("hardware.shard=True: 8-bit moments cannot be shared out: set distill.optimiser to adamw")
+        self._check_names()
         self._check_terms()
         self._check_paradigms()
         runs = self.runs() + self.replicas
@@ -101,6 +111,15 @@ class Params(Sections):
                 raise ValueError(f"{where}={_told(first)}") from None
         return self
 
+    def _check_names(self):
+        """Of what students are named by, and their files."""
+        for name in self.controls:
+            if not re.fullmatch(r"\w+", name) or name in VARIANTS:
+                raise ValueError(f"controls: {name!r} is no name for one: use letters, digits and _, not base or gad")
+        for name in (*self.backbones, *self.published):
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(f"{name!r} is no name for a backbone or a student: use letters, digits, _, . and -")
+
     def _check_terms(self):
         terms = {"gad": self.gad} | {f"controls.{name}": control for name, control in self.controls.items()}
         for key, term in terms.items():
@@ -110,13 +129,18 @@ class Params(Sections):
                 if term.scheme == "exact" and getattr(self.hardware, switch):
                     fix = f"set it to false, or {key}.scheme to forward"
                     raise ValueError(f"hardware.{switch}=True: exact JVPs {why}: {fix}")
+            trained = {run.paradigm for run in (*self.runs(), *self.replicas) if run.variant == key.split(".")[-1]}
+            if term.form in NEED_A_FAKE and (without := sorted(filter(_fakeless, trained & self.paradigms.keys()))):
+                fix = f"use 'map' or 'step', or take {without[0]} out of the blocks that have it"
+                raise ValueError(f"{key}.form={term.form!r} needs a fake score, which {without[0]} has not: {fix}")
             if term.pairs < (least := TOGETHER.get(term.form, 1)):
                 fix = f"make it {least} or more"
                 raise ValueError(f"{key}.pairs={term.pairs}: `{term.form}` is of several samples: {fix}")
 
     def _check_paradigms(self):
         for name, settings in self.paradigms.items():
-            known = _settings(name)
+            known = _said(name, "settings")
+            known = known if isinstance(known, tuple) else ()
             for key in ("lr", *known):
                 if key not in settings:
                     raise ValueError(f"paradigms.{name}.{key} is missing: add it")
@@ -194,7 +218,7 @@ class Params(Sections):
 
     @property
     def variants(self) -> list[str]:
-        return ["base", "gad", *self.controls]
+        return [*VARIANTS, *self.controls]
 
 
 class ParamsError(ValueError):
@@ -205,7 +229,15 @@ EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """`1e-05`, a string in YAML 1.1, is a number: DVC's `-S` writes it so."""
+    """`1e-05`, a string in YAML 1.1, is a number: DVC's `-S` writes it so. A key stands once."""
+
+    def compose_mapping_node(self, anchor):
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if (first := lines.setdefault(key.value, line)) != line:
+                raise ParamsError(f"{key.value!r} is there twice, in lines {first} and {line}: keep one of them")
+        return node
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
@@ -229,6 +261,8 @@ def load(path: Path | str = ROOT / "params.yaml", **overrides) -> Params:
         raise ParamsError(f"{path} cannot be read: {error.strerror}; give a file as --params") from None
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    except ParamsError as error:
+        raise ParamsError(f"{Path(path).name}: {error}") from None
     except yaml.YAMLError as error:
         raise ParamsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     for key, value in overrides.items():

@@ -15,6 +15,7 @@ try:
     from . import graph, paths
     from .graph import PROGRESS, PipelineError
     from .params import ROOT, Params, ParamsError, assignment, load
+    from .schema import SEEDS
 except ModuleNotFoundError as error:
     sys.exit(f"gad: {error}: activate the project's environment (. .venv/bin/activate), or use make")
 
@@ -121,7 +122,10 @@ def _read(path: Path):
 
     if not path.is_file():
         raise PipelineError(f"{path} does not exist")
-    return nbformat.read(path, 4)
+    try:
+        return nbformat.read(path, 4)
+    except (ValueError, KeyError, AttributeError, nbformat.ValidationError):  # no JSON, or some other
+        raise PipelineError(f"{path} is not a notebook, or half of one: `git checkout` it") from None
 
 
 def _write(notebook, path: Path):
@@ -142,6 +146,8 @@ def _check(source: Path, notebook, parameters: dict, p: Params):
     for name, value in parameters.items():
         if name not in names:
             raise PipelineError(f"{name}={value}: {source.name} takes {', '.join(names) or 'no parameters'}")
+        if name == "seed" and value not in SEEDS:
+            raise PipelineError(f"seed={value} is no seed: give 0 to {SEEDS[-1]}")
         if value not in choices.get(name, [value]):
             raise PipelineError(f"{name}={value} is unknown: there are {', '.join(choices[name])}")
 

@@ -56,9 +56,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)  # true is no 1.0, "no" no false
 
 
+SEEDS = range(2**31)
+Seed = Annotated[int, Field(ge=SEEDS.start, lt=SEEDS.stop)]
+
+
 class Seeds(Section):
-    world: int
-    distill: Annotated[list[int], Field(min_length=1)]
+    world: Seed
+    distill: Annotated[list[Seed], Field(min_length=1)]
 
     @property
     def told(self) -> str:
@@ -131,7 +135,7 @@ class Grid(Block):
 class Replicas(Block):
     """Students of other blocks trained again, from seeds of their own."""
 
-    seeds: list[int]
+    seeds: list[Seed]
 
     def runs(self, seeds: list[int]) -> list["Run"]:
         return super().runs(self.seeds)

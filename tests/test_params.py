@@ -80,6 +80,17 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("backbones.sana.pretrain", {"lr": True}, "backbones.sana.pretrain.lr=True: input should be a valid number"),
         ("backbones.sana.pretrain", {"batch": "8"}, "pretrain.batch='8': input should be a valid integer (write 8, "),
         ("seeds.distill", [], "seeds.distill=[]"),
+        ("seeds.distill", [0, -1], "seeds.distill.1=-1: input should be greater than or equal to 0"),
+        ("seeds.world", -1, "seeds.world=-1: input should be greater than or equal to 0"),
+        ("seeds.world", 2**31, "seeds.world=2147483648: input should be less than 2147483648"),
+        ("further.replicas.seeds", [-1], "further.replicas.seeds.0=-1: input should be greater than or equal to 0"),
+        ("gad.form", "score", "gad.form='score' needs a fake score, which ladd has not: use 'map' or 'step'"),
+        ("controls", DATA["controls"] | {"map": DATA["controls"]["map"] | {"form": "paired-score"}},
+         "controls.map.form='paired-score' needs a fake score, which add has not"),
+        ("controls", DATA["controls"] | {"gad": {"lam": 0.0}}, "controls: 'gad' is no name for one: use letters"),
+        ("controls", DATA["controls"] | {"a/b": {"lam": 0.0}}, "controls: 'a/b' is no name for one: use letters"),
+        ("backbones", DATA["backbones"] | {"a/b": DATA["backbones"]["sd2"] | {"family": "sd2"}},
+         "'a/b' is no name for a backbone or a student"),
         ("distill.precision", "int8", "distill.precision='int8'"),
         ("distill.fp32", ["sdxl"], "distill.fp32: 'sdxl' is not in the backbones section"),
         ("distill.precision", "fp16", "distill.precision='fp16': input should be 'no' or 'bf16'"),
@@ -107,6 +118,31 @@ def test_wrong_value(key, value, said, tmp_path):
         params.load(tmp_path / "params.yaml")
     assert str(error.value).startswith("params.yaml: ") and said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_form_that_needs_a_fake_may_be_of_those_that_have_one():
+    """Whatever the variant that nothing trains has."""
+    few = {"grid.paradigms": ["tdm", "sid"]} | {f"further.{k}.paradigms": [] for k in (
+        "baselines", "controls", "maps", "rates", "lengths", "baseline_maps", "replicas")}
+    assert params.load(**{"gad.form": "released", **few}).gad.form == "released"
+    assert {name: not params._fakeless(name) for name in PARADIGMS} == {
+        name: paradigm.form == "score" for name, paradigm in PARADIGMS.items()}
+
+
+def test_a_key_that_is_there_twice_is_named(tmp_path):
+    text = (ROOT / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text + "\ngad: {h: 0.5}\n")
+    first, last = text[:text.index("\ngad:")].count("\n") + 2, text.count("\n") + 2
+    with pytest.raises(ParamsError) as error:
+        params.load(tmp_path / "params.yaml")
+    assert str(error.value) == f"params.yaml: 'gad' is there twice, in lines {first} and {last}: keep one of them"
+
+
+@pytest.mark.parametrize("seed", ["-5", "99999999999999999999999"])
+@pytest.mark.parametrize("command", ["distill", "trial", "evaluate"])
+def test_a_seed_of_the_command_line_is_checked_before_any_work(command, seed, capsys):
+    assert main.main([command, "pixart", "tdm", "gad", "--", seed]) == 1
+    assert capsys.readouterr().err == f"gad: seed={seed} is no seed: give 0 to 2147483647\n"
 
 
 @pytest.mark.parametrize("switch, key, value, said", [
@@ -227,13 +263,13 @@ def test_numbers_load_as_dvc_and_the_command_line_write_them(tmp_path):
 
 def test_a_paradigms_keys_are_read_as_they_are_and_without_torch(tmp_path, monkeypatch):
     """And what a file does not say plainly is left to the stage."""
-    assert {name: params._settings(name) for name in PARADIGMS} == {n: c.settings for n, c in PARADIGMS.items()}
+    assert {name: params._said(name, "settings") for name in PARADIGMS} == {n: c.settings for n, c in PARADIGMS.items()}
     (tmp_path / "gad/paradigms").mkdir(parents=True)
     with monkeypatch.context() as patch:
         patch.setattr(params, "ROOT", tmp_path)
         for text in ("", "settings = (*Base.settings, 'lr')", "settings = 'lr'", "class"):
             (tmp_path / "gad/paradigms/own.py").write_text(text)
-            assert params._settings("own") == ()
+            assert not isinstance(params._said("own", "settings"), tuple)
     code = "import sys; from gad import params; params.load(); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

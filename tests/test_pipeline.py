@@ -67,6 +67,7 @@ def test_failed_notebook_is_one_line_and_kept(own_place):
         (["notebooks/03_distill.ipynb", "x.ipynb", "--set", "backbone=none"],
          f"there are {', '.join(params.load().backbones)}"),
         (["notebooks/03_distill.ipynb", "x.ipynb", "--set", "seed"], "KEY=VALUE"),
+        (["notebooks/03_distill.ipynb", "x.ipynb", "--set", "seed=-1"], "seed=-1 is no seed: give 0 to 2147483647"),
     ],
 )
 def test_mistakes_are_one_line_before_a_kernel_starts(arguments, said, capsys, monkeypatch):
@@ -159,6 +160,18 @@ def test_a_notebook_that_was_run_in_place_is_named(command, own_place, monkeypat
         command()
 
 
+@pytest.mark.parametrize("text", ["", '{"cells": [', "[]", "{}"])
+def test_half_a_notebook_is_named(own_place, monkeypatch, text):
+    (own_place / "notebooks").mkdir()
+    (own_place / "dvc.lock").touch()
+    (own_place / "notebooks/04_evaluate.ipynb").write_text(text)
+    monkeypatch.setattr(graph, "_dvc", lambda *args, **_: pytest.fail("DVC is asked"))
+    with pytest.raises(graph.PipelineError, match=r"^notebooks/04_evaluate\.ipynb is not a notebook, .*`git checkout"):
+        graph.reproduce()
+    with pytest.raises(graph.PipelineError, match=r"04_evaluate\.ipynb is not a notebook, or half of one"):
+        pipeline._read(own_place / "notebooks/04_evaluate.ipynb")
+
+
 @pytest.fixture
 def here(own_place, monkeypatch):
     """A repository of few files, with another grid and a checkpoint of others."""
@@ -204,8 +217,8 @@ def test_an_interrupted_demo_goes_on_only_with_what_is_asked_for(here, monkeypat
     (here / "demo/gad/__pycache__/geometry.pyc").touch()
     assert demo(backbone="sd2") == goes_on
     for name in ("gad/geometry.py", "params.yaml"):
-        with (here / name).open("a") as file:
-            file.write("\n# new\n" if name.endswith("py") else "\nthreads: 2\n")
+        text = (here / name).read_text()
+        (here / name).write_text(text + "\n# new\n" if name.endswith("py") else text.replace("threads: 1", "threads: 2"))
         assert demo(backbone="sd2") == starts_over and demo(backbone="sd2") == goes_on
     pending.unlink()  # it was done
     assert demo(backbone="sd2") == anew
@@ -252,6 +265,16 @@ def test_interrupted_fresh_run_goes_on(own_place, capsys):
     assert graph._forced("students", parents) == {"teacher@sd2", *students, "tables"}  # and has all of this
     graph._owe(set())
     assert graph._forced(None, parents) == set()
+
+
+@pytest.mark.parametrize("text", ["", "\n", "weird distill@sd2", "\xff"])
+def test_what_an_interrupted_run_left_unreadable_is_told_and_left_out(own_place, capsys, text):
+    (own_place / "data/.resume").mkdir(parents=True)
+    (own_place / "data/.resume/fresh").write_text(text, "latin-1")
+    parents = {"distill@sd2-tdm-gad-0": set()}
+    assert graph._forced(None, parents) == set()
+    assert "fresh does not say what was interrupted: left out of account" in capsys.readouterr().err
+    assert graph._forced("students", parents) == set(parents) == graph._forced(None, parents)
 
 
 def test_the_papers_students_can_be_made_anew_alone(own_place):

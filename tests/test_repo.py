@@ -40,9 +40,8 @@ def test_lock_pins_every_dependency():
 def test_environment_has_the_versions_of_the_lock():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
-    assert pip[-1] == "-e ."
-    lock = pins((ROOT / "requirements.lock").read_text().splitlines())
-    assert pins(pip) == {name: lock[name] for name in wanted()}
+    assert pip == ["-r requirements.lock", "-e ."]
+    assert wanted() <= pins((ROOT / "requirements.lock").read_text().splitlines()).keys()
 
 
 def test_notebooks_are_the_stages():

@@ -7,10 +7,9 @@ from torch.nn import functional as F
 
 from .. import geometry
 from ..diffusion import t_like
+from ..params import NEED_A_FAKE
 from ..tangents import Tangents, rows
 from .base import Draws, Paradigm, pseudo_huber
-
-NEED_A_FAKE = ("score", "paired-score", "released")  # the others, output forms, learn from the teacher's paths
 
 
 def gad_loss(
