@@ -184,6 +184,7 @@ class Published(Section):
     lora: str | None = None
     file: str | None = None
     revision: str | None = None
+    variant: str | None = None  # of a pipeline's files, such as "fp16"
     steps: PositiveInt | None = None  # it is sampled in; null: the backbone's student_steps
 
     @model_validator(mode="after")

@@ -281,6 +281,16 @@ def test_a_published_pipeline_becomes_a_student(mini, tmp_path, monkeypatch):
     assert "Published" in (paths.student(run) / "README.md").read_text()
 
 
+def test_a_published_pipeline_may_have_files_of_a_variant_alone(mini, tmp_path, monkeypatch):
+    theirs = build("sd2")
+    theirs.pipeline.to(torch.float16).save_pretrained(tmp_path / "theirs", variant="fp16")
+    p = published(tmp_path, monkeypatch, mini, path=str(tmp_path / "theirs"), variant="fp16")
+    stages.publish(run := Run("sd2", "own", "base", 0), p)
+    found = load_network(paths.student(run)).state_dict()
+    assert all(w.dtype == torch.float32 and torch.equal(w, theirs.network.state_dict()[k].float())
+               for k, w in found.items())
+
+
 def test_a_published_pipeline_of_one_step_is_sampled_in_one(mini, tmp_path, monkeypatch):
     build("sd2").pipeline.save_pretrained(tmp_path / "theirs")
     p = published(tmp_path, monkeypatch, mini, path=str(tmp_path / "theirs"), steps=1)

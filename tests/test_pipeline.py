@@ -218,7 +218,8 @@ def test_an_interrupted_demo_goes_on_only_with_what_is_asked_for(here, monkeypat
     assert demo(backbone="sd2") == goes_on
     for name in ("gad/geometry.py", "params.yaml"):
         text = (here / name).read_text()
-        (here / name).write_text(text + "\n# new\n" if name.endswith("py") else text.replace("threads: 1", "threads: 2"))
+        new = text + "\n# new\n" if name.endswith("py") else text.replace("threads: 1", "threads: 2")
+        (here / name).write_text(new)
         assert demo(backbone="sd2") == starts_over and demo(backbone="sd2") == goes_on
     pending.unlink()  # it was done
     assert demo(backbone="sd2") == anew

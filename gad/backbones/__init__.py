@@ -29,15 +29,18 @@ def registered(name: str, miniature: bool = False):
     return table[name]
 
 
-def load(name_or_path: str | Path, params=None, revision: str | None = None) -> Backbone:
-    """A backbone from a name in `params.backbones`, a Diffusers pipeline folder, or a hub id (at a `revision`).
+def load(
+    name_or_path: str | Path, params=None, revision: str | None = None, variant: str | None = None
+) -> Backbone:
+    """A backbone from a name in `params.backbones`, a Diffusers pipeline folder, or a hub id (at a `revision`, of the
+    files of a `variant`).
 
     Only safetensors are read and no remote code is run. An entry's `dtype` is that of the text encoder and the
     autoencoder: the network is in fp32, for tangents and differences are taken of it. A folder that is missing,
     incomplete, damaged or of another class raises ValueError with one line that says what to do.
     """
     entry = params.backbones.get(str(name_or_path)) if params else None
-    family, options = None, {"revision": revision} if revision else {}
+    family, options = None, {k: v for k, v in (("revision", revision), ("variant", variant)) if v}
     if entry:
         path = entry.path or paths.teacher(str(name_or_path))
         family = entry.family or str(name_or_path)

@@ -79,8 +79,8 @@ def publish(run: Run, p: Params) -> dict:
     if entry.lora:
         network = with_lora(backbone, entry.lora, entry.file, entry.revision)
     else:
-        theirs = load(entry.path, revision=entry.revision)
-        network = theirs.network
+        theirs = load(entry.path, revision=entry.revision, variant=entry.variant)
+        network = theirs.network.float()
         for what in ("part", "latent_shape", "prediction"):
             ours, its = getattr(backbone, what), getattr(theirs, what)
             if ours != its:
