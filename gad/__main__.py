@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument("--miniature", action="store_true", help="time the small networks, on any machine")
             command.add_argument("--tflops", type=float, nargs=2, default=[300.0, 40.0], metavar=("BF16", "FP32"),
                                  help="what a GPU sustains, for hours where there is none to be timed")
+        if name == "cost":
+            command.add_argument("--paradigms", nargs="+", help="these alone; the rows of others stay")
         if name == "distill":
             command.add_argument("--track", choices=("tensorboard", "wandb", "dvclive"), help="losses, probes, samples")
     args = parser.parse_args(argv)
@@ -79,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         from . import stages  # after the checks: it imports torch
 
         further = {
-            "trial": lambda: (overrides,), "cost": lambda: (args.blocks,), "distill": lambda: (args.track,)
+            "trial": lambda: (overrides,), "cost": lambda: (args.blocks, args.paradigms),
+            "distill": lambda: (args.track,),
         }.get(args.command, tuple)()
         if told := getattr(stages, args.command)(*key, p, *further):  # nothing of a process beside the main one
             print(json.dumps(told, indent=2))

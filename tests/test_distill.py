@@ -304,6 +304,11 @@ def test_cost_has_a_row_for_every_paradigm(place):
         assert row["seconds"] > 0 and row["gad_low"] <= row["gad"] <= row["gad_high"]
         assert min(row["memory_base"], row["memory_gad"], row["memory_every"]) > 0
         assert row["operations"] > 0 and 1 < row["operations_every"] < row["operations_gad"] < row["operations_map"]
+    again = json.loads(place.done("--set", f"paradigms={json.dumps(few)}", "cost", "sana", "1", "--paradigms", "dmd"))
+    assert [r["paradigm"] for r in again] == ["dmd"]
+    kept = pd.read_csv(place / "reports/cost.csv").set_index("paradigm")["seconds"]
+    assert [*kept.index] == [*few] and kept["tcd"] == pytest.approx(rows[0]["seconds"], rel=1e-5)
+    assert kept["dmd"] == pytest.approx(again[0]["seconds"], rel=1e-5)
     page = (place / "reports/cost.md").read_text()
     assert page.count("\n| ") == 1 + len(rows) and "Of more than 1.5 times the base's time, " in page
 

@@ -24,7 +24,8 @@ NOTE = """# What a step costs
 
 `python -m gad cost {backbone} {blocks}`: {device}, batch {batch}, `{form}` form with {pairs} pairs{map}.
 Base and GAD take turns, {blocks} blocks each; medians of a step, and of the ratio of neighbouring blocks, with a 95 %
-bootstrap interval over blocks. Memory is the peak of the process (CPU) or of what is allocated (GPU), with the networks
+bootstrap interval over blocks. A row is of one run, and so are its ratios; seconds of different rows (`--paradigms`
+renews some) need not be. Memory is the peak of the process (CPU) or of what is allocated (GPU), with the networks
 and moments of all columns in it: the columns' differences are what a term needs. Operations are those of matrix
 products, convolutions and attention, counted in the first block: a ratio that no machine changes, and nearly that of
 larger networks of the same kind, whose calls are as many. The teacher's exact tangents, at {kept} noises once a
@@ -35,13 +36,17 @@ MOST = 1.5  # times the base's step, what GAD may cost
 TITLES = {"gad": "GAD", "every": "GAD each 4th step", "map": "GAD, map form"}
 
 
-def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
+def cost(backbone: str, p: Params, blocks: int = 8, only: list[str] | None = None) -> list[dict]:
     """Time every paradigm's step without GAD, with it, with it at each 4th step (`gad.every`) and with `controls.map`
-    where there is one, on `backbone`, and count its operations; a row each, kept in reports/cost.csv. A block is as
-    many steps as a cycle of all that takes turns is long."""
+    where there is one, on `backbone`, and count its operations; a row each, kept in reports/cost.csv, where of `only`
+    some the others' rows stay. A block is as many steps as a cycle of all that takes turns is long."""
     if blocks < 1:
         raise ValueError(f"blocks={blocks} is too few: give 1 or more, of which an interval needs several")
-    accelerator, paradigms = prepare(p, p.training(backbone).precision), {name: find(name) for name in p.paradigms}
+    for name in only or ():
+        if name not in p.paradigms:
+            raise ValueError(f"paradigms={name!r} is unknown: there are {', '.join(p.paradigms)}")
+    accelerator = prepare(p, p.training(backbone).precision)
+    paradigms = {name: find(name) for name in only or p.paradigms}
     model, cond, tangents, samples = materials(accelerator.device, backbone, p)
     which = p.backbones[backbone]
     terms = {"base": None, "gad": p.gad, "every": p.gad.model_copy(update={"every": 4})}
@@ -76,8 +81,20 @@ def cost(backbone: str, p: Params, blocks: int = 8) -> list[dict]:
         print(told, file=sys.stderr, flush=True)
         del paradigm, tasks, timed
         gc.collect()
-    _write(pd.DataFrame(rows), p, backbone, blocks, accelerator.device)
+    _write(_beside(pd.DataFrame(rows), p), p, backbone, blocks, accelerator.device)
     return rows
+
+
+def _beside(frame, p):
+    """With the rows that are there of the backbone's other paradigms."""
+    path = paths.REPORTS / "cost.csv"
+    if not path.exists():
+        return frame
+    there = pd.read_csv(path)
+    same = (there["backbone"] == frame["backbone"][0]) & there["paradigm"].isin([*p.paradigms])
+    kept = there[same & ~there["paradigm"].isin(frame["paradigm"])]
+    order = [*p.paradigms]
+    return pd.concat([frame, kept]).sort_values("paradigm", key=lambda x: x.map(order.index), ignore_index=True)
 
 
 class _Timed:
