@@ -81,10 +81,11 @@ def _without_outputs():
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         try:
             cells = json.loads(path.read_text())["cells"]
-        except (ValueError, KeyError, TypeError):
+            run = any(c.get("outputs") or c.get("execution_count") for c in cells)
+        except (ValueError, KeyError, TypeError, AttributeError):
             name = path.relative_to(ROOT)
             raise PipelineError(f"{name} is not a notebook, or half of one: `git checkout {name}`") from None
-        if any(c.get("outputs") or c.get("execution_count") for c in cells):
+        if run:
             name = path.relative_to(ROOT)
             raise PipelineError(f"{name} holds outputs, by which its stages would run anew: `make strip` empties it")
 
@@ -336,6 +337,7 @@ def _within(folder: Path, *args):
 
 def smoke(jobs: int = 2):
     """The whole graph from nothing, at its smallest, in a temporary copy."""
+    load()  # as in `reproduce`
     overrides = yaml.safe_load((ROOT / "tests/smoke.yaml").read_text())
     with tempfile.TemporaryDirectory() as name:
         _within(sandbox(Path(name), overrides), "reproduce", "--jobs", jobs)

@@ -117,8 +117,9 @@ class Params(Sections):
             if not re.fullmatch(r"\w+", name) or name in VARIANTS:
                 raise ValueError(f"controls: {name!r} is no name for one: use letters, digits and _, not base or gad")
         for name in (*self.backbones, *self.published):
-            if not re.fullmatch(r"[\w.-]+", name):
-                raise ValueError(f"{name!r} is no name for a backbone or a student: use letters, digits, _, . and -")
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                told = "use letters, digits, _, . and -, the last two not first"
+                raise ValueError(f"{name!r} is no name for a backbone or a student: {told}")
 
     def _check_terms(self):
         terms = {"gad": self.gad} | {f"controls.{name}": control for name, control in self.controls.items()}
@@ -234,9 +235,13 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor):
         node, lines = super().compose_mapping_node(anchor), {}
         for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
+                continue
             line = key.start_mark.line + 1
-            if (first := lines.setdefault(key.value, line)) != line:
-                raise ParamsError(f"{key.value!r} is there twice, in lines {first} and {line}: keep one of them")
+            if key.value in lines:
+                where = f"line {line}" if lines[key.value] == line else f"lines {lines[key.value]} and {line}"
+                raise ParamsError(f"{key.value!r} is there twice, in {where}: keep one of them")
+            lines[key.value] = line
         return node
 
 

@@ -124,7 +124,7 @@ def _read(path: Path):
         raise PipelineError(f"{path} does not exist")
     try:
         return nbformat.read(path, 4)
-    except (ValueError, KeyError, AttributeError, nbformat.ValidationError):  # no JSON, or some other
+    except (ValueError, KeyError, TypeError, AttributeError, nbformat.ValidationError):  # no JSON, or some other
         raise PipelineError(f"{path} is not a notebook, or half of one: `git checkout` it") from None
 
 

@@ -91,6 +91,8 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("controls", DATA["controls"] | {"a/b": {"lam": 0.0}}, "controls: 'a/b' is no name for one: use letters"),
         ("backbones", DATA["backbones"] | {"a/b": DATA["backbones"]["sd2"] | {"family": "sd2"}},
          "'a/b' is no name for a backbone or a student"),
+        ("backbones", DATA["backbones"] | {"..": DATA["backbones"]["sd2"] | {"family": "sd2"}},
+         "'..' is no name for a backbone or a student"),
         ("distill.precision", "int8", "distill.precision='int8'"),
         ("distill.fp32", ["sdxl"], "distill.fp32: 'sdxl' is not in the backbones section"),
         ("distill.precision", "fp16", "distill.precision='fp16': input should be 'no' or 'bf16'"),
@@ -136,6 +138,19 @@ def test_a_key_that_is_there_twice_is_named(tmp_path):
     with pytest.raises(ParamsError) as error:
         params.load(tmp_path / "params.yaml")
     assert str(error.value) == f"params.yaml: 'gad' is there twice, in lines {first} and {last}: keep one of them"
+    text = text.replace("tcd: {lr: 1.0e-4,", "tcd: {lr: 1.0e-4, lr: 2.0e-4,")
+    (tmp_path / "params.yaml").write_text(text)
+    line = text[:text.index("tcd: {lr")].count("\n") + 1
+    with pytest.raises(ParamsError, match=rf"^params\.yaml: 'lr' is there twice, in line {line}: keep one of them$"):
+        params.load(tmp_path / "params.yaml")
+
+
+def test_keys_that_are_merged_in_may_be_there_again_and_a_list_is_none(tmp_path):
+    assert params.read("a: &a {h: 1}\nb: &b {<<: *a, <<: *a, h: 2}\nc: {<<: *b, h: 3}")["c"] == {"h": 3}
+    for key in ("[h]", "{h: 1}"):
+        (tmp_path / "params.yaml").write_text(f"? {key}\n: 1\n")
+        with pytest.raises(ParamsError, match="is not YAML: .*unhashable key"):
+            params.load(tmp_path / "params.yaml")
 
 
 @pytest.mark.parametrize("seed", ["-5", "99999999999999999999999"])

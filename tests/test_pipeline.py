@@ -86,6 +86,15 @@ def test_wrong_params_stop_everything(capsys, monkeypatch):
     assert capsys.readouterr().err == "gad: params.yaml: gad.h=-1: input should be greater than 0\n"
 
 
+def test_a_smoke_run_of_no_parameters_is_one_line(capsys, monkeypatch, tmp_path):
+    (tmp_path / "params.yaml").write_text("gad: [1, 2")
+    monkeypatch.setattr(graph, "load", lambda: params.load(tmp_path / "params.yaml"))
+    monkeypatch.setattr(graph, "sandbox", lambda *_: pytest.fail("a copy is made"))
+    assert pipeline.main(["smoke"]) == 1
+    error = capsys.readouterr().err
+    assert "is not YAML" in error and error.startswith("gad: ") and error.count("\n") == 1
+
+
 def test_scrub_keeps_what_a_reader_sees():
     cell = new_code_cell("1", metadata={"tags": ["t"], "papermill": {"duration": 1.2}, "execution": {}})
     cell.outputs = [
@@ -160,7 +169,7 @@ def test_a_notebook_that_was_run_in_place_is_named(command, own_place, monkeypat
         command()
 
 
-@pytest.mark.parametrize("text", ["", '{"cells": [', "[]", "{}"])
+@pytest.mark.parametrize("text", ["", '{"cells": [', "[]", "{}", '{"cells": 1}', '{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [1]}'])
 def test_half_a_notebook_is_named(own_place, monkeypatch, text):
     (own_place / "notebooks").mkdir()
     (own_place / "dvc.lock").touch()
