@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ParamsError(f"seed={args.seed} is no seed: give 0 to {SEEDS[-1]}")
         if "paradigm" in args:
             key = (Run(args.backbone, args.paradigm, getattr(args, "variant", "base"), getattr(args, "seed", 0)),)
+            if args.command in ("distill", "trial"):
+                p.check_forms(key)
         else:
             key = tuple(getattr(args, name) for name in ("kind", "backbone") if name in args)
         from . import stages  # after the checks: it imports torch

@@ -51,7 +51,8 @@ def reproduce(jobs: int = 2, fresh: str | None = None):
     `fresh`: "grid", "students" or "all" runs those stages again although nothing changed; interrupted, the next call
     goes on with them. Raises PipelineError when a stage failed; what does not depend on it still ran.
     """
-    load()  # a mistake in params.yaml shows before anything runs
+    p = load()  # a mistake in params.yaml shows before anything runs
+    p.check_forms((*p.runs(), *p.replicas))
     _without_outputs()
     parents = _parents()
     changed, missing, lost, altered = _status()

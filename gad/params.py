@@ -130,13 +130,17 @@ class Params(Sections):
                 if term.scheme == "exact" and getattr(self.hardware, switch):
                     fix = f"set it to false, or {key}.scheme to forward"
                     raise ValueError(f"hardware.{switch}=True: exact JVPs {why}: {fix}")
-            trained = {run.paradigm for run in (*self.runs(), *self.replicas) if run.variant == key.split(".")[-1]}
-            if term.form in NEED_A_FAKE and (without := sorted(filter(_fakeless, trained & self.paradigms.keys()))):
-                fix = f"use 'map' or 'step', or take {without[0]} out of the blocks that have it"
-                raise ValueError(f"{key}.form={term.form!r} needs a fake score, which {without[0]} has not: {fix}")
             if term.pairs < (least := TOGETHER.get(term.form, 1)):
                 fix = f"make it {least} or more"
                 raise ValueError(f"{key}.pairs={term.pairs}: `{term.form}` is of several samples: {fix}")
+
+    def check_forms(self, runs):
+        """ParamsError where one of `runs`, which are to be trained, has a form of GAD that its paradigm cannot have."""
+        for run in runs:
+            term, key = self.term(run.variant), "gad" if run.variant == "gad" else f"controls.{run.variant}"
+            if term and term.form in NEED_A_FAKE and run.paradigm in self.paradigms and _fakeless(run.paradigm):
+                fix = f"use 'map' or 'step', or leave {run.paradigm} out"
+                raise ParamsError(f"{key}.form={term.form!r} needs a fake score, which {run.paradigm} has not: {fix}")
 
     def _check_paradigms(self):
         for name, settings in self.paradigms.items():

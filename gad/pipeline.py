@@ -14,7 +14,7 @@ from pathlib import Path
 try:
     from . import graph, paths
     from .graph import PROGRESS, PipelineError
-    from .params import ROOT, Params, ParamsError, assignment, load
+    from .params import ROOT, Params, ParamsError, Run, assignment, load
     from .schema import SEEDS
 except ModuleNotFoundError as error:
     sys.exit(f"gad: {error}: activate the project's environment (. .venv/bin/activate), or use make")
@@ -150,6 +150,8 @@ def _check(source: Path, notebook, parameters: dict, p: Params):
             raise PipelineError(f"seed={value} is no seed: give 0 to {SEEDS[-1]}")
         if value not in choices.get(name, [value]):
             raise PipelineError(f"{name}={value} is unknown: there are {', '.join(choices[name])}")
+    if source.name == "03_distill.ipynb" and {"paradigm", "variant"} <= parameters.keys():
+        p.check_forms([Run(parameters.get("backbone", ""), parameters["paradigm"], parameters["variant"], 0)])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -236,7 +236,7 @@ class Cycle(Section):
     focus_at: Annotated[float, Field(ge=-8, le=4)] = -3.0
     crowded: Power = 0.0
     text: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Teacher(Cycle):

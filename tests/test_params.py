@@ -1,6 +1,7 @@
 """Mistakes in params.yaml and on the command line: one line with key, value and fix, before any work."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,7 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("backbones.sana.family", "dalle", "backbones.*.family: 'dalle' is not in gad/backbones"),
         ("teacher.steps", 1.5, "teacher.steps=1.5"),
         ("teacher.refine", [{"steps": 0}], "teacher.refine.0.steps=0"),
+        ("teacher.refine", [{"seed": -1}], "teacher.refine.0.seed=-1: input should be greater than or equal to 0"),
         ("teacher.refine", [{"stepz": 9}], "teacher.refine.0.stepz=9"),
         ("backbones.sana.pretrain", {"stepz": 9}, "backbones.sana.pretrain.stepz=9: extra inputs are not permitted"),
         ("backbones.sana.pretrain", {"refine": [{"lr": -1.0}]}, "backbones.sana.pretrain.refine.0.lr=-1.0: input"),
@@ -84,9 +86,6 @@ DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
         ("seeds.world", -1, "seeds.world=-1: input should be greater than or equal to 0"),
         ("seeds.world", 2**31, "seeds.world=2147483648: input should be less than 2147483648"),
         ("further.replicas.seeds", [-1], "further.replicas.seeds.0=-1: input should be greater than or equal to 0"),
-        ("gad.form", "score", "gad.form='score' needs a fake score, which ladd has not: use 'map' or 'step'"),
-        ("controls", DATA["controls"] | {"map": DATA["controls"]["map"] | {"form": "paired-score"}},
-         "controls.map.form='paired-score' needs a fake score, which add has not"),
         ("controls", DATA["controls"] | {"gad": {"lam": 0.0}}, "controls: 'gad' is no name for one: use letters"),
         ("controls", DATA["controls"] | {"a/b": {"lam": 0.0}}, "controls: 'a/b' is no name for one: use letters"),
         ("backbones", DATA["backbones"] | {"a/b": DATA["backbones"]["sd2"] | {"family": "sd2"}},
@@ -122,13 +121,20 @@ def test_wrong_value(key, value, said, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_form_that_needs_a_fake_may_be_of_those_that_have_one():
-    """Whatever the variant that nothing trains has."""
-    few = {"grid.paradigms": ["tdm", "sid"]} | {f"further.{k}.paradigms": [] for k in (
-        "baselines", "controls", "maps", "rates", "lengths", "baseline_maps", "replicas")}
-    assert params.load(**{"gad.form": "released", **few}).gad.form == "released"
+def test_a_form_that_needs_a_fake_is_of_those_that_have_one(capsys, monkeypatch):
+    """Of what is to be trained, before any work: whatever else the grid has."""
     assert {name: not params._fakeless(name) for name in PARADIGMS} == {
         name: paradigm.form == "score" for name, paradigm in PARADIGMS.items()}
+    p = params.load(**{"gad.form": "released", "controls.map.form": "paired-score"})
+    p.check_forms([run for run in p.runs() if run.paradigm in ("tdm", "sid", "dmd", "swiftbrush")])
+    for variant, said in (("gad", "gad.form='released'"), ("map", "controls.map.form='paired-score'")):
+        with pytest.raises(ParamsError, match=f"^{re.escape(said)} needs a fake score, which ladd has not: use 'map'"):
+            p.check_forms([Run("sd2", "tdm", "gad", 0), Run("sd2", "ladd", variant, 0)])
+    assert main.main(["--set", "gad.form=score", "distill", "sd2", "ladd", "gad"]) == 1
+    assert capsys.readouterr().err.startswith("gad: gad.form='score' needs a fake score, which ladd has not")
+    monkeypatch.setattr(graph, "load", lambda: p)
+    with pytest.raises(ParamsError, match="has not: use 'map' or 'step'"):
+        graph.reproduce()
 
 
 def test_a_key_that_is_there_twice_is_named(tmp_path):
@@ -149,7 +155,7 @@ def test_keys_that_are_merged_in_may_be_there_again_and_a_list_is_none(tmp_path)
     assert params.read("a: &a {h: 1}\nb: &b {<<: *a, <<: *a, h: 2}\nc: {<<: *b, h: 3}")["c"] == {"h": 3}
     for key in ("[h]", "{h: 1}"):
         (tmp_path / "params.yaml").write_text(f"? {key}\n: 1\n")
-        with pytest.raises(ParamsError, match="is not YAML: .*unhashable key"):
+        with pytest.raises(ParamsError, match=r"is not YAML: .*unhashable key"):
             params.load(tmp_path / "params.yaml")
 
 

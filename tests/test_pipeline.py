@@ -169,7 +169,10 @@ def test_a_notebook_that_was_run_in_place_is_named(command, own_place, monkeypat
         command()
 
 
-@pytest.mark.parametrize("text", ["", '{"cells": [', "[]", "{}", '{"cells": 1}', '{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [1]}'])
+@pytest.mark.parametrize("text", [
+    "", '{"cells": [', "[]", "{}", *(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": cells})
+                                     for cells in (1, [1])),
+])
 def test_half_a_notebook_is_named(own_place, monkeypatch, text):
     (own_place / "notebooks").mkdir()
     (own_place / "dvc.lock").touch()
