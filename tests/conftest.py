@@ -35,10 +35,10 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_generate_tests(metafunc):
-    if "backbone" in metafunc.fixturenames:
+    if "backbone_name" in metafunc.fixturenames:
         from gad.backbones import BACKBONES
 
-        metafunc.parametrize("backbone", list(BACKBONES), indirect=True, scope="session")
+        metafunc.parametrize("backbone_name", list(BACKBONES), scope="session")
 
 
 def perturb(module, scale=0.05, seed=1):
@@ -85,8 +85,8 @@ def mini():
 
 
 @pytest.fixture(scope="session")
-def backbone(request, mini):
-    return mini(request.param)
+def backbone(backbone_name, mini):
+    return mini(backbone_name)
 
 
 @pytest.fixture

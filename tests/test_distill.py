@@ -297,7 +297,7 @@ def test_operations_of_a_convolution_know_its_groups(groups):
 @pytest.mark.slow
 def test_cost_has_a_row_for_every_paradigm(place):
     own = yaml.safe_load((ROOT / "params.yaml").read_text())["paradigms"]
-    few = {"tcd": own["tcd"], "dmd": own["dmd"] | {"ratio": 1}}
+    few = {"tdm": own["tdm"], "dmd": own["dmd"] | {"ratio": 1}}
     rows = json.loads(place.done("--set", f"paradigms={json.dumps(few)}", "cost", "sana", "1"))
     assert [r["paradigm"] for r in rows] == [*few]
     for row in rows:
@@ -307,7 +307,7 @@ def test_cost_has_a_row_for_every_paradigm(place):
     again = json.loads(place.done("--set", f"paradigms={json.dumps(few)}", "cost", "sana", "1", "--paradigms", "dmd"))
     assert [r["paradigm"] for r in again] == ["dmd"]
     kept = pd.read_csv(place / "reports/cost.csv").set_index("paradigm")["seconds"]
-    assert [*kept.index] == [*few] and kept["tcd"] == pytest.approx(rows[0]["seconds"], rel=1e-5)
+    assert [*kept.index] == [*few] and kept["tdm"] == pytest.approx(rows[0]["seconds"], rel=1e-5)
     assert kept["dmd"] == pytest.approx(again[0]["seconds"], rel=1e-5)
     page = (place / "reports/cost.md").read_text()
     assert page.count("\n| ") == 1 + len(rows) and "Of more than 1.5 times the base's time, " in page
