@@ -15,10 +15,14 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 Map = Callable[[Tensor], Tensor]
 TF32 = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # what may have it for fp32
+LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)  # linear in their first argument
 
 
 def direction(x: Tensor, kind: str = "gaussian", generator: torch.Generator | None = None) -> Tensor:
@@ -35,9 +39,11 @@ def direction(x: Tensor, kind: str = "gaussian", generator: torch.Generator | No
 
 
 def jvp(f: Map, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """`(f(x), J_f(x) v)`, exact, by forward-mode AD; attention runs in its math form, which supports it."""
+    """`(f(x), J_f(x) v)`, exact, by forward-mode AD; attention runs in its math form, which supports it.
+
+    It takes about two calls of `f`: layers are told that their weights don't move."""
     x, v = _check(x, v)
-    with _precise(x), sdpa_kernel(SDPBackend.MATH):
+    with _precise(x), sdpa_kernel(SDPBackend.MATH), _ConstantWeights():
         try:
             return torch.func.jvp(f, (x,), (v,))
         except (NotImplementedError, RuntimeError) as error:
@@ -112,6 +118,23 @@ def surrogate(x: Tensor, gradient: Tensor) -> Tensor:
     _same(gradient, x, "gradient", "x")
     _finite(gradient, "gradient")
     return (_wide(x) * gradient.detach()).flatten(1).sum(1)
+
+
+class _ConstantWeights(TorchFunctionMode):
+    """Applies layers to tangents too. Forward mode would also multiply by the weights' tangents, which are zero: it
+    would take three calls' operations."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return _layer(func, *args, **kwargs) if func in LAYERS and args else func(*args, **kwargs)
+
+
+def _layer(func, x, weight, bias=None, *rest, **options):
+    (value, tangent), *others = (forward_ad.unpack_dual(a) for a in (x, weight, bias) if a is not None)
+    if tangent is None or any(other.tangent is not None for other in others):
+        return func(x, weight, bias, *rest, **options)
+    ahead = func(tangent, weight, None, *rest, **options)
+    return forward_ad.make_dual(func(value, weight, bias, *rest, **options), ahead)
 
 
 def _same(a: Tensor, b: Tensor, name_a: str, name_b: str):

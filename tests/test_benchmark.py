@@ -11,8 +11,9 @@ from gad import architectures, distill, paths
 from gad.backbones import MINIATURES
 from gad.paradigms.tdm import TDM
 from gad.params import load
-from gad.stages.benchmark import SCHEDULES, Schedule, benchmark, page, plan
+from gad.stages.benchmark import benchmark
 from gad.stages.counting import count
+from gad.stages.planning import SCHEDULES, Schedule, page, plan
 
 stage = importlib.import_module("gad.stages.benchmark")  # the package has the function by that name
 
@@ -203,7 +204,7 @@ def counted(monkeypatch):
     """Of no network: an operation for each thing, on a machine without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     held = {"parameters": 1, "held": 1}
-    for where, keys in (("_counted", ("base", "gad", "exact", "forward")), ("_teacher", ("sample", "tangents"))):
+    for where, keys in (("_counted", ("base", "gad", "exact", "forward")), ("count_teacher", ("sample", "tangents"))):
         monkeypatch.setattr(stage, where, lambda *args, keys=keys: held | {f"operations_{k}": 1.0 for k in keys})
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gad.geometry import direction, jvp, output_loss, response, score_gradient, surrogate
+from gad.stages.counting import Operations
 
 
 def gen(seed=0):
@@ -192,6 +193,44 @@ def test_jvp_is_autograds(case):
     value, exact = jvp(f, x, v)
     assert relative(exact, expected) < 1e-4
     assert relative(value, y) < 1e-5
+
+
+def test_a_jvp_takes_two_calls_operations(case):
+    """Nothing is multiplied by the zeros of weights that don't move; in attention both factors do."""
+    _, _, x, v, f, _ = case
+    with torch.no_grad(), Operations() as once:
+        f(x)
+    with torch.no_grad(), Operations() as both:
+        jvp(f, x, v)
+    assert 2 < both.total / once.total < 2.3
+
+
+@pytest.mark.parametrize("layer", [F.linear, F.conv1d, F.conv2d, F.conv3d])
+def test_jvps_of_layers_whose_weights_move_and_of_those_whose_do_not(layer):
+    spatial = {F.linear: 0, F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}[layer]
+    shape = (3, *[2] * spatial)
+    weight, bias, x, v = randn(4, *shape, seed=1), randn(4, seed=2), randn(5, *shape, seed=3), randn(5, *shape, seed=4)
+    options = {"padding": 1} if spatial else {}
+
+    def along(f):
+        """By central differences, whose error is 1e-10."""
+        return (f(x + 1e-5 * v) - f(x - 1e-5 * v)) / 2e-5
+
+    maps = {
+        "neither": lambda y: layer(y, weight, bias, **options),
+        "no bias": lambda y: layer(y, weight, **options),
+        "by name": lambda y: layer(input=y, weight=weight, bias=bias, **options),
+        "weight": lambda y: layer(y, weight * y.mean(), bias, **options),
+        "bias": lambda y: layer(y, weight, bias=bias * y.mean(), **options),
+        "weight alone": lambda y: layer(x, weight * y.mean(), bias, **options),
+        "none": lambda y: layer(x, weight, bias, **options) * y.mean(),
+    }
+    for name, f in maps.items():
+        value, exact = jvp(f, x, v)
+        torch.testing.assert_close(value, f(x), msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(exact, along(f), rtol=1e-6, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+    twice = jvp(lambda y: jvp(lambda w: layer(w, weight, bias, **options).square(), y, v)[1], x, v)[1]
+    torch.testing.assert_close(twice, 2 * layer(v, weight, **options).square())  # the second derivative along v
 
 
 # Relative error allowed; twice or more what was measured over backbones at t = 0.5 (worst in the comment).

@@ -8,9 +8,8 @@ operations are counted, by shapes alone.
 import gc
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -19,79 +18,14 @@ import torch
 from .. import architectures, paths
 from ..backbones import BACKBONES, MINIATURES, Backbone
 from ..distill import Distillation, checkpoint, shareable
-from ..evaluation import geometry
-from ..geometry import jvp
+from ..evaluation import geometry, noise_query
 from ..paradigms import find
 from ..params import Params, Run
-from ..tables import cell
 from ..world import autoencoder, scenes
 from .common import prepare, write_json
 from .cost import _Timed
-from .counting import Operations, _Shapes, count, random_data
-
-GRID = ("sd2", "pixart", "sana"), ("ladd", "tdm", "sid"), ("base", "gad")  # the paper's students
-TOLD = {"no": "fp32", "bf16": "bf16"}
-OTHER = {"forward": "exact", "central": "exact", "exact": "forward"}
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A student's training: `steps` updates of `batch` images over all GPUs, and where that is from."""
-
-    steps: int
-    batch: int
-    source: str
-
-
-SCHEDULES = {
-    "ladd": Schedule(100_000, 384, "AMD's open LADD, Nitro-1: 8 × 8 × 6 images a step"),
-    "tdm": Schedule(10_001, 32, "TDM's released script: 2 × 16 images a step, 10,001 steps at most; its README: 500"),
-    "sid": Schedule(19_531, 512, "SiD-LSG's run script: 10 M images, 512 at a time"),
-}
-
-PAGE = """# What the paper's scale costs
-
-{measured}
-
-{rows}
-{counts}{targets}
-## Plan
-
-Students: {grid}.{warning}
-
-{plan}
-
-{hours}
-
-All devices are alike and none is lost between them; where memory is short for a device's share of a batch, it takes
-that in parts (`hardware.parts: {parts}`). Not in it: the probes, exact tangents of `hardware.tangents` noises at once
-beside what is trained. Schedules:
-
-{sources}
-"""
-TIMED = """Measured: {measured}{options}; PyTorch {torch}. A step takes its batch in {parts} part(s) (`hardware.parts`).
-Base and GAD (`{form}` form) take turns, {blocks} blocks each; medians of a step, and of the ratio of neighbouring
-blocks, with a 95 % bootstrap interval over blocks. Images/s counts the base's batch in both. Memory is the peak of the
-process (CPU) or of what is allocated (GPU)."""
-COUNTED = """## Operations
-
-Of matrix products, convolutions and attention, forward and backward, for each image of the base's batch, counted at
-full size on PyTorch's meta device: a number that no machine changes. Held: weights, gradients, moments and averages of
-all networks of a run, in fp32, without any activation.
-
-{table}
-
-"""
-TARGETS = """
-## The teacher's own, once a backbone
-
-By the numbers of params.yaml, in fp32: samples for the stages teacher, diagnose and references (no more than that:
-noises that are chosen twice are drawn once), and paths with exact tangents, of which GAD's students learn, for diagnose
-and nearby. Not in it: gradients of layout guidance, and what takes few steps.{how}
-
-{targets}
-
-"""
+from .counting import count, count_teacher, random_data
+from .planning import GRID, SCHEDULES, Schedule, other_scheme, page, plan
 
 
 def benchmark(
@@ -151,7 +85,7 @@ def benchmark(
         found = {"sample": None, "tangents": None}
         if model:
             found = _targets(model, which, data, batch, p.hardware.tangents)
-        found |= {} if miniature else _teacher(name, which)
+        found |= {} if miniature else count_teacher(name, which)
         targets.append({"backbone": name, "steps": which.teacher_steps} | found | _made(found, timed, p, name, tflops))
         for paradigm in paradigms:
             row = {"backbone": name, "paradigm": paradigm, "precision": trained, "batch": batch, "pairs": pairs}
@@ -184,13 +118,14 @@ def benchmark(
     return report
 
 
+ATTRIBUTES = {"mini": noise_query.attributes, "coco": noise_query.colours}
 NOTHING = {f"{key}_{k}": None for k in GRID[2] for key in ("seconds", "images", "memory")}
 NOTHING |= {"ratio": None, "ratio_low": None, "ratio_high": None, "note": ""}
 
 
 def _counted(name, paradigm, p) -> dict:
     """Operations an image: of a step without GAD, of GAD alone, of GAD by the other scheme. And the bytes held."""
-    other = OTHER[p.gad.scheme]
+    other = other_scheme(p.gad.scheme)
     terms = {"gad": p.gad, other: p.gad.model_copy(update={"scheme": other})}
     found, n = count(name, paradigm, terms, p, p.distill.batch, 2), p.distill.batch
     return {"parameters": found.parameters, "held": found.held, "operations_base": found.base / n} | {
@@ -198,33 +133,15 @@ def _counted(name, paradigm, p) -> dict:
     }
 
 
-def _teacher(name, which) -> dict:
-    """Operations of a sample of the full-size teacher, and of one of its paths with exact tangents: of its steps, which
-    are alike."""
-    model = _Shapes(name)
-    (z, v), cond = torch.randn(2, 1, *model.latent_shape), model.encode(["a prompt"], device="cpu")
-
-    def step(z):
-        return model.output(model.network, z, torch.ones(1), cond, which.cfg)
-
-    with torch.no_grad():
-        with Operations() as one:
-            step(z)
-        with Operations() as both:
-            jvp(step, z, v)
-    steps = which.teacher_steps
-    return {"operations_sample": one.total * steps, "operations_tangents": both.total * steps}
-
-
 def _made(found, timed, p, name, tflops) -> dict:
     """How many samples and paths with tangents the stages take of a teacher, in whole ones, their operations and the
     device-hours of both: by the seconds that were `found` for each, or by operations at the speed assumed in fp32."""
     e, n, u = p.evaluation, p.endpoints, p.uses
-    ends = 6 if p.backbones[_family(name)].world == "coco" else 12  # of Table 6's attributes
+    attributes = ATTRIBUTES[p.backbones[_family(name)].world](torch.zeros(1, 3, 8, 8))  # Table 6's
     many = {
         "samples": p.teacher_of(_family(name)).prompts + n.samples + e.trajectory_prompts  # then references
         + u.seeds * u.prompts + u.library // 2 + u.prompts  # unprompted is without guidance: half a sample
-        + ends * u.picks * u.query + u.layouts * (3 + len(u.sweep)),
+        + 2 * len(attributes) * u.picks * u.query + u.layouts * (3 + len(u.sweep)),
         # Test noises: their own, at CFG + 1 and in half the steps; along the path, and at the noises nearby.
         "paths": n.pairs + n.probes + round(e.prompts * e.noises * (3.5 + len(p.nearby.sizes))),
     }
@@ -362,116 +279,3 @@ def _tasks(model, name, which, data, gad, p, batch, compiled, checkpointing, acc
             block.forward = torch.compile(block.forward)
     cycle = int(p.paradigms[name].get("ratio", 1)) * gad.every
     return {k: _Timed(task, cycle, accelerator, p.hardware.parts) for k, task in tasks.items()}
-
-
-def plan(
-    rows: list[dict], schedules: dict[str, Schedule], gpus: int, measured: str,
-    tflops: tuple[float, float] = (300, 40), exact: bool = False,
-) -> list[dict]:
-    """Device-hours, hours on `gpus` devices, operations and the MB that were measured on one, of every row's student
-    without and with GAD, then of all: from the images/s of `rows`, which were `measured` so, or where there are none
-    from their operations, at `tflops` in bf16 and in fp32, by each row's precision; GAD's in fp32 unless they are
-    `exact`. None where there is neither."""
-    cells = []
-    for row, variant in product(rows, GRID[2]):
-        precision, schedule = row.get("precision", "no"), schedules[row["paradigm"]]
-        rate, images = row.get(f"images_{variant}"), schedule.steps * schedule.batch
-        work = [row.get("operations_base"), row.get("operations_gad") if variant == "gad" else 0]
-        own = tflops[precision != "bf16"]
-        speeds = own, own if exact else tflops[1]
-        hours = None
-        if rate:
-            hours = images / rate / 3600
-        elif work[0] and not row.get("note"):
-            hours = images * sum(w / (1e12 * speed) for w, speed in zip(work, speeds, strict=True)) / 3600
-        cells.append({
-            "backbone": row["backbone"], "paradigm": row["paradigm"], "variant": variant, "precision": precision,
-            "steps": schedule.steps, "batch": schedule.batch, "exaflop": work[0] and images * sum(work) / 1e18,
-            "device_hours": hours, "gpus": gpus, "hours": hours and hours / gpus,
-            "memory": row.get(f"memory_{variant}"),
-            "measured": measured if hours else "no: out of memory",
-        })
-    known = [c for c in cells if c["device_hours"]]
-    hours = sum(c["device_hours"] for c in known) if known else None
-    total = dict.fromkeys(cells[0]) | {
-        "backbone": "all", "device_hours": hours, "gpus": gpus, "hours": hours and hours / gpus,
-        "exaflop": sum(c["exaflop"] or 0 for c in cells) or None,
-        "memory": max((c["memory"] for c in known if c["memory"]), default=None),
-        "measured": f"{len(known)} of {len(cells)} students",
-    }
-    return [*cells, total]
-
-
-def page(report: dict) -> str:
-    """The report as Markdown."""
-    rows = [r | {"precision": TOLD[r["precision"]]} for r in report["rows"]]
-    counted, timed = any("operations_base" in r for r in rows), report["device"] is not None
-    titles = {"backbone": "backbone", "paradigm": "paradigm"}
-    (high, low), how, other = report["tflops"], "", OTHER[report["scheme"]]
-    options = ", compiled" * report["compile"] + ", gradient checkpointing" * report["checkpointing"]
-    if timed:
-        measured = TIMED.format(**report, options=options)
-        shown = _table([r | {
-            "millions": r["parameters"] and r["parameters"] / 1e6,
-            "ratio": r["ratio"] and cell(r["ratio"], r["ratio_low"], r["ratio_high"], ".2f"),
-        } for r in rows], titles | {
-            "millions": "parameters, M", "precision": "precision", "batch": "batch", "pairs": "pairs",
-            "seconds_base": "base, s", "seconds_gad": "GAD, s", "ratio": "GAD / base", "images_base": "base, images/s",
-            "images_gad": "GAD, images/s", "memory_base": "base, MB", "memory_gad": "GAD, MB", "note": "",
-        })
-        each = {"sample": "a sample, s", "tangents": "a path with tangents, s"}
-        hours = "Hours follow from the images/s above, `steps × batch / (images/s) / 3600`."
-    else:
-        measured, shown = "**Nothing was timed**: there is no GPU.", ""
-        each = {"sample": "a sample, TFLOP", "tangents": "a path with tangents, TFLOP"}
-        how = f" Hours are by the **assumed** speed in fp32, {low:g} TFLOP/s."
-        hours = (
-            f"Hours are by **assumed** speeds (`--tflops`): {high:g} TFLOP/s in bf16, {low:g} in fp32, by each row's "
-            f"precision; `gad.scheme: {report['scheme']}`. A difference is in fp32 whatever the precision, dividing "
-            "rounding by h: beside a base in bf16 its share of time exceeds that of operations. Exact tangents are in "
-            "the base's precision."
-        )
-    if report["against"]:
-        measured += f" `--precision` has {', '.join(report['against'])} in bf16, which `distill.fp32` keeps in fp32."
-    targets = TARGETS.format(how=how, targets=_table([
-        t if timed else t | {k: t[f"operations_{k}"] / 1e12 for k in each} for t in report["targets"]
-    ], {
-        "backbone": "backbone", "steps": "steps", **each, "samples": "samples", "paths": "paths",
-        **({"exaflop": "10¹⁸ operations"} if counted else {}), "device_hours": "device-hours",
-    }))
-    counts = _table([r | {
-        "millions": r["parameters"] / 1e6, "base": r["operations_base"] / 1e12, "held": r["held"] / 2**30,
-        **{key: f"{1 + r[f'operations_{key}'] / r['operations_base']:.2f}" for key in ("gad", other)},
-    } for r in rows], titles | {
-        "millions": "parameters, M", "base": "base, TFLOP", "gad": f"GAD, {report['scheme']} / base",
-        other: f"GAD, {other} / base", "held": "held, GiB",
-    }) if counted else ""
-    gpus, images = report["plan"][0]["gpus"], rows[0]["batch"]
-    cells = _table([c | {"precision": TOLD.get(c["precision"])} for c in report["plan"]], titles | {
-        "variant": "variant", "precision": "precision", "steps": "steps", "batch": "batch",
-        **({"exaflop": "10¹⁸ operations"} if counted else {}),
-        "device_hours": "device-hours", "hours": f"hours on {gpus}",
-        **({"memory": f"MB, {images} images on one", "measured": "measured"} if timed else {}),
-    })
-    warning = ""
-    if report["measured"].startswith("miniature"):
-        warning = "\n**Nothing was measured at full size**: the hours are those of the miniatures."
-    given = *(tuple(dict.fromkeys(r[k] for r in rows)) for k in titles), GRID[2]
-    return PAGE.format(
-        measured=measured, rows=shown, counts=COUNTED.format(table=counts) if counted else "", targets=targets,
-        grid=" × ".join("{" + ", ".join(x) + "}" for x in given) + ", the paper's grid" * (given == GRID),
-        warning=warning, plan=cells, hours=hours, parts=report["parts"],
-        sources="\n".join(f"- {k}: {s['source']}" for k, s in report["schedules"].items()),
-    )
-
-
-def _table(records, titles):
-    frame = pd.DataFrame(records, columns=list(titles), dtype=object).map(_shown)
-    return frame.rename(columns=titles).to_markdown(index=False, disable_numparse=True)
-
-
-def _shown(x):
-    """Three digits of a float; a dash where there is nothing."""
-    if isinstance(x, float):
-        return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
-    return "–" if x is None else str(x)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 from .. import architectures
 from ..backbones import Backbone
 from ..distill import Distillation
+from ..geometry import jvp
 from ..paradigms import find
 from ..params import Params
 from ..tangents import Samples, Tangents
@@ -48,7 +49,7 @@ def count(name: str, paradigm: str, terms: dict, p: Params, batch: int, cycles: 
     """Mean of a step of `paradigm` on the full-size backbone `name`, without and with each of `terms` (settings of GAD
     by any names), over the draws of `cycles` of its cycles. The networks are on PyTorch's meta device, which knows
     shapes alone; all else is as in training, at random values."""
-    model, which = _Shapes(name), p.backbones[architectures.FULL[name].family]
+    model, which = shapes(name), p.backbones[architectures.FULL[name].family]
     method = find(paradigm)(model, which.student_steps, which.cfg, p.paradigms[paradigm], p.distill)
     most = max([batch, *(term.pairs for term in terms.values())])
     tangents, samples = random_data(model, which.student_steps, 2 * most, p.seeds.world)
@@ -67,6 +68,24 @@ def count(name: str, paradigm: str, terms: dict, p: Params, batch: int, cycles: 
     held = sum(map(_held, method.roles.values())) + 4 * parameters
     base = found.pop(None)
     return Count(base, {key: x - base for key, x in found.items()}, held, parameters)
+
+
+def count_teacher(name: str, which) -> dict:
+    """Operations of a sample of the full-size teacher, and of one of its paths with exact tangents: of its steps, which
+    are alike."""
+    model = shapes(name)
+    (z, v), cond = torch.randn(2, 1, *model.latent_shape), model.encode(["a prompt"], device="cpu")
+
+    def step(z):
+        return model.output(model.network, z, torch.ones(1), cond, which.cfg)
+
+    with torch.no_grad():
+        with Operations() as one:
+            step(z)
+        with Operations() as both:
+            jvp(step, z, v)
+    steps = which.teacher_steps
+    return {"operations_sample": one.total * steps, "operations_tangents": both.total * steps}
 
 
 def random_data(model: Backbone, steps: int, n: int, seed: int) -> tuple[Tangents, Samples]:
@@ -122,7 +141,7 @@ class _Leave(torch.autograd.Function):
         return _Leave.apply(tangent)
 
 
-def _Shapes(name: str) -> Backbone:
+def shapes(name: str) -> Backbone:
     """The full-size backbone `name`, whose networks take and give tensors of the CPU."""
     model = architectures.build(name, "meta")
 
