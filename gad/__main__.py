@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from .params import ParamsError, Run, assignment, load, read
+from .params import MEMORY, ParamsError, Run, assignment, load, read
 from .schema import SEEDS
 
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument("--paradigms", nargs="+", default=["ladd", "tdm", "sid"])
             for option, kind in (("blocks", int), ("batch", int), ("gpus", int), ("precision", str)):
                 command.add_argument(f"--{option}", type=kind, default={"blocks": 8, "gpus": 8}.get(option))
-            command.add_argument("--compile", action="store_true", help="each block by torch.compile")
+            command.add_argument("--compile", action="store_true", default=None, help="as hardware.compile")
             command.add_argument("--miniature", action="store_true", help="time the small networks, on any machine")
             command.add_argument("--tflops", type=float, nargs=2, default=[300.0, 40.0], metavar=("BF16", "FP32"),
                                  help="what a GPU sustains, for hours where there is none to be timed")
@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         if told := getattr(stages, args.command)(*key, p, *further):  # nothing of a process beside the main one
             print(json.dumps(told, indent=2))
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"gad: {error}", file=sys.stderr)
+        short = type(error).__name__ == "OutOfMemoryError"  # torch's, which may not be imported
+        print(f"gad: {str(error).partition('. ')[0]}; {MEMORY}" if short else f"gad: {error}", file=sys.stderr)
         return 1
     return 0
 

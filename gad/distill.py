@@ -124,6 +124,8 @@ def distill(
             in_8bit(role)
     if hardware.checkpointing:
         checkpoint(task)
+    if hardware.compile:
+        compile_blocks(task)
     probes, every = {}, max(1, steps // 8)
     probe_file = work / f"probes-{identity_key(identity)[:8]}.json"
     if probe_file.exists():
@@ -158,6 +160,7 @@ def distill(
         task, work, steps, run.seed, identity, d.warmup, d.save_every, 10, accelerator, probe,
         hardware.accumulate(accelerator.num_processes), hardware.shard,
     )
+    compile_blocks(task, False)
     student = averaged()
     if student is None:
         return None
@@ -186,6 +189,18 @@ def checkpoint(task: Distillation):
     for module in (*(role.module for role in task.roles.values()), backbone.network, backbone.pipeline.vae):
         if getattr(module, "_supports_gradient_checkpointing", False):  # AutoencoderDC and heads do not
             module.enable_gradient_checkpointing()
+
+
+def compile_blocks(task: Distillation, on: bool = True):
+    """Each block of the teacher and of what is trained by torch.compile, or no longer. Not whole networks: hooks on
+    blocks, by which discriminators read them, stay outside. Exact tangents run as without."""
+    backbone = task.paradigm.backbone
+    torch._dynamo.config.recompile_limit = 64  # with and without gradient, autocast, fixed weights: each is another
+    for network in (backbone.network, *(role.module for role in task.roles.values())):
+        for block in backbone.blocks(network) if isinstance(network, type(backbone.network)) else ():
+            vars(block).pop("forward", None)
+            if on:
+                block.forward = torch.compile(block.forward)
 
 
 def in_8bit(role: Role):

@@ -291,6 +291,7 @@ class Hardware(Section):
     parts: PositiveInt = 1
     checkpointing: bool = False
     shard: bool = False
+    compile: bool = False
     tangents: PositiveInt = 32
 
     def accumulate(self, processes: int) -> int:

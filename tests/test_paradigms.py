@@ -616,6 +616,42 @@ def test_activations_made_anew_give_the_same_gradients(setting, name):
     assert (twice > once) == (name in ("ladd", "add", "sid"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "method"), [("sana", "ladd"), ("pixart", "tdm")])
+def test_compiled_blocks_give_the_same_gradients(mini, monkeypatch, name, method):
+    """What compiles is the block, so that hooks on it see what they did; copies of the teacher are as it was."""
+    graphs, compile = [], torch.compile
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend=backend))
+    setting = prepared(mini(name))
+    network, blocks = setting.backbone.network, setting.backbone.blocks
+
+    def gradients(on):
+        torch.manual_seed(0)
+        task = task_of(method, setting, "step")
+        distill.compile_blocks(task, on)
+        alike = [m for m in (network, *(role.module for role in task.roles.values())) if isinstance(m, type(network))]
+        assert all(("forward" in vars(block)) == on for m in alike for block in blocks(m))
+        assert not any("forward" in vars(block) for block in blocks(task.paradigm.copy_of_teacher()))
+        losses = task.losses(0, step_generator(0, 0))
+        found = [torch.autograd.grad(losses[k], role.params, retain_graph=True, materialize_grads=True)
+                 for k, role in task.roles.items()]
+        return [g for role in found for g in role]
+
+    try:
+        kept, compiled = gradients(False), gradients(True)
+    finally:
+        distill.compile_blocks(task_of(method, setting, None), False)
+    assert 0 < len(graphs) < 12  # of a kind of block one for each way in which it is called: blocks share them
+    assert not any("forward" in vars(block) for block in blocks(network))
+    for a, b in zip(compiled, kept, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("name", PARADIGMS)
 def test_parts_of_a_batch_make_the_whole(mini, name, parts):
@@ -788,7 +824,7 @@ def test_a_run_is_trained_as_its_parameters_say(monkeypatch, tmp_path):
 
     monkeypatch.setattr(distill, "train", hand)
     at, gad = prepared(build("sana")), set()  # its own: checkpointing stays on
-    hardware = P.hardware.model_copy(update={"parts": 2, "shard": True, "checkpointing": True})
+    hardware = P.hardware.model_copy(update={"parts": 2, "shard": True, "checkpointing": True, "compile": True})
     p = P.model_copy(update={"distill": P.distill.model_copy(update={"batch": 2, "ema": 0.7}), "hardware": hardware})
     which = p.backbones["sana"]
     assert which.cfg != 1
@@ -802,7 +838,10 @@ def test_a_run_is_trained_as_its_parameters_say(monkeypatch, tmp_path):
         assert all(given[k] == getattr(p.distill, k) for k in ("steps", "warmup", "save_every"))
         assert given["accumulate"] == 2 and given["shard"] is True
         networks = [role.module for role in task.roles.values()]
-        assert all(network.is_gradient_checkpointing for network in (*networks, at.backbone.network))
+        for network in (*networks, at.backbone.network):
+            assert network.is_gradient_checkpointing
+            assert all("forward" in vars(block) for block in at.backbone.blocks(network))
+        distill.compile_blocks(task, False)  # eager again: what follows would compile for a minute
         assert task.gad == p.controls["slower_gad"] and task.batch == 2
         assert (task.paradigm.cfg, task.paradigm.steps) == (which.cfg, which.student_steps)
         assert student.lr == 0.5 * p.paradigms["tdm"]["lr"] and student.average.decay == 0.7

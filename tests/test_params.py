@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from dvc.utils.hydra import apply_overrides
 
 from gad import __main__ as main
-from gad import graph, params
+from gad import graph, params, stages
 from gad.paradigms import PARADIGMS
 from gad.params import ROOT, ParamsError, Run
 
@@ -164,6 +165,17 @@ def test_keys_that_are_merged_in_may_be_there_again_and_a_list_is_none(tmp_path)
 def test_a_seed_of_the_command_line_is_checked_before_any_work(command, seed, capsys):
     assert main.main([command, "pixart", "tdm", "gad", "--", seed]) == 1
     assert capsys.readouterr().err == f"gad: seed={seed} is no seed: give 0 to 2147483647\n"
+
+
+def test_what_takes_less_memory_is_said_where_it_runs_out(capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 79 GiB")
+
+    monkeypatch.setattr(stages, "distill", full)
+    assert main.main(["distill", "pixart", "tdm", "gad"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("gad: CUDA out of memory; what takes less: hardware.parts, ") and error.count("\n") == 1
+    assert {*re.findall(r"hardware\.(\w+)", error)} <= {*params.load().model_dump()["hardware"]}
 
 
 @pytest.mark.parametrize("switch, key, value, said", [

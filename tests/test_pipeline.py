@@ -50,9 +50,14 @@ def test_executed_notebook_is_byte_stable(own_place):
     assert not list((own_place / "data").rglob("*.ipynb"))
 
 
-def test_failed_notebook_is_one_line_and_kept(own_place):
-    source = notebook(own_place, "raise ValueError('first line\\nthe last line')")
-    with pytest.raises(pipeline.PipelineError, match=r"^ValueError: the last line ") as error:
+@pytest.mark.parametrize(("raised", "said"), [
+    ("ValueError('first line\\nthe last line')", r"^ValueError: the last line \(see data"),
+    ("type('OutOfMemoryError', (RuntimeError,), {})('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has')",
+     r"^CUDA out of memory; what takes less: hardware\.parts, .* \(see data"),
+])
+def test_failed_notebook_is_one_line_and_kept(own_place, raised, said):
+    source = notebook(own_place, f"raise {raised}")
+    with pytest.raises(pipeline.PipelineError, match=said) as error:
         pipeline.execute(source, own_place / "out.ipynb", {})
     assert "\n" not in str(error.value) and not (own_place / "out.ipynb").exists()
     kept = nbformat.read(own_place / "data/.resume/notebooks/out.ipynb", 4)

@@ -140,7 +140,10 @@ class Paradigm:
         }
 
     def copy_of_teacher(self) -> nn.Module:
-        return copy.deepcopy(self.teacher).requires_grad_(True)
+        made = copy.deepcopy(self.teacher).requires_grad_(True)
+        for module in made.modules():
+            vars(module).pop("forward", None)  # of a compiled block: the original's
+        return made
 
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Scalar losses by role, and scalars to log. Leaves `point` where it has a fake."""

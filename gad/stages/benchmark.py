@@ -17,7 +17,7 @@ import torch
 
 from .. import architectures, paths
 from ..backbones import BACKBONES, MINIATURES, Backbone
-from ..distill import Distillation, checkpoint, shareable
+from ..distill import Distillation, checkpoint, compile_blocks, shareable
 from ..evaluation import geometry, noise_query
 from ..paradigms import find
 from ..params import Params, Run
@@ -35,7 +35,7 @@ def benchmark(
     blocks: int = 8,
     batch: int | None = None,
     precision: str | None = None,
-    compiled: bool = False,
+    compiled: bool | None = None,
     checkpointing: bool | None = None,
     miniature: bool = False,
     schedules: dict[str, Schedule] | None = None,
@@ -49,15 +49,16 @@ def benchmark(
 
     `batch`: images a step on this one device (`distill.batch`), which takes them in `hardware.parts`, as training does;
     GAD's pairs keep their proportion to it. `precision`: "no" (fp32) or "bf16", of all `backbones`; else each has its
-    own (`distill.precision`, `distill.fp32`). Weights are fp32. `compiled`: each block by torch.compile.
-    `checkpointing`: of all networks that are differentiated (`hardware.checkpointing`). `miniature`: time the
-    pipeline's small networks, on any machine. `schedules`, by paradigm: other ones than those of params.yaml, or,
-    where its backbones are miniatures and full size is asked for, than SCHEDULES. `gpus`: on how many the plan's hours
-    are counted; `tflops`: what a device sustains in bf16 and in fp32, 10¹² operations a second, by which they are where
-    nothing was timed.
+    own (`distill.precision`, `distill.fp32`). Weights are fp32. `compiled`: each block by torch.compile
+    (`hardware.compile`). `checkpointing`: of all networks that are differentiated (`hardware.checkpointing`).
+    `miniature`: time the pipeline's small networks, on any machine. `schedules`, by paradigm: other ones than those of
+    params.yaml, or, where its backbones are miniatures and full size is asked for, than SCHEDULES. `gpus`: on how many
+    the plan's hours are counted; `tflops`: what a device sustains in bf16 and in fp32, 10¹² operations a second, by
+    which they are where nothing was timed.
     What does not fit in memory has a row that says so. Raises ValueError for what cannot be measured.
     """
     batch = p.distill.batch if batch is None else batch
+    compiled = p.hardware.compile if compiled is None else compiled
     checkpointing = p.hardware.checkpointing if checkpointing is None else checkpointing
     _check(p, backbones, paradigms, blocks, batch, precision, miniature, gpus, tflops)
     pairs = max(1, round(p.gad.pairs * batch / p.distill.batch))
@@ -262,8 +263,6 @@ def _row(model, name, which, data, gad, p, batch, blocks, compiled, checkpointin
 
 
 def _tasks(model, name, which, data, gad, p, batch, compiled, checkpointing, accelerator) -> dict[str, _Timed]:
-    for block in model.blocks(model.network):
-        vars(block).pop("forward", None)  # compiled for the paradigm before: a copy would call the original's
     paradigm = find(name)(model, which.student_steps, which.cfg, p.paradigms[name], p.distill)
     tangents, samples = data
     tasks = {
@@ -272,10 +271,6 @@ def _tasks(model, name, which, data, gad, p, batch, compiled, checkpointing, acc
     }
     if checkpointing:
         checkpoint(tasks["base"])  # the networks are GAD's too
-    trained = [r.module for r in paradigm.roles.values() if hasattr(r.module, "enable_gradient_checkpointing")]
-    for network in [model.network, *trained] if compiled else []:
-        torch._dynamo.config.recompile_limit = 64  # with and without gradient, autocast, fixed weights: each is another
-        for block in model.blocks(network):  # not the whole network: hooks on blocks stay outside
-            block.forward = torch.compile(block.forward)
+    compile_blocks(tasks["base"], compiled)
     cycle = int(p.paradigms[name].get("ratio", 1)) * gad.every
     return {k: _Timed(task, cycle, accelerator, p.hardware.parts) for k, task in tasks.items()}

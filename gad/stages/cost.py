@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from .. import paths
-from ..distill import Distillation, checkpoint
+from ..distill import Distillation, checkpoint, compile_blocks
 from ..evaluation.geometry import interval_columns
 from ..paradigms import find
 from ..params import Params
@@ -60,6 +60,7 @@ def cost(backbone: str, p: Params, blocks: int = 8, only: list[str] | None = Non
         }
         if p.hardware.checkpointing:
             checkpoint(tasks["base"])  # the networks are those of all
+        compile_blocks(tasks["base"], p.hardware.compile)
         cycle = int(p.paradigms[name].get("ratio", 1)) * 4
         timed = {k: _Timed(task, cycle, accelerator, p.hardware.parts) for k, task in tasks.items()}
         operations = {}
