@@ -10,7 +10,7 @@ PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help install reproduce test test-graphs test-fast test-8bit smoke demo lab lint strip lock clean
+.PHONY: help install reproduce test test-slow test-graphs test-8bit smoke demo lab lint strip lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -30,14 +30,14 @@ $(INSTALLED): requirements.lock pyproject.toml
 reproduce: install ## every table and figure; JOBS=2 stages at a time; FRESH=grid, students or all: run those anew
 	$(BIN)/python -m gad.pipeline reproduce --jobs $(JOBS) $(FRESH_OPTION)
 
-test: install ## all tests but those of the whole graph
-	$(BIN)/python -m pytest $(PARALLEL) -m "not pipeline"
+test: install ## the tests that take seconds each
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+test-slow: install ## those that train, are killed and go on, or run the study notebooks
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not pipeline"
 
 test-graphs: install ## the whole graph at its smallest in copies: from nothing, changed, of photographs, of a fork
 	$(BIN)/python -m pytest $(PARALLEL) -m pipeline
-
-test-fast: install ## the tests that take seconds
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-8bit: install ## those of the 8-bit optimiser, with bitsandbytes beside the environment
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target build/8bit --no-deps bitsandbytes==0.50.2

@@ -49,6 +49,7 @@ def p(tmp_path, monkeypatch):
     return load(**{"backbones.pixart.teacher_steps": 4, "distill.precision": "no"})
 
 
+@pytest.mark.slow
 def test_miniatures_are_timed_and_planned(p, tmp_path, capsys):
     report = benchmark(p, ("pixart",), ("ladd", "tdm"), blocks=2, batch=2, checkpointing=True, miniature=True, gpus=4)
     assert json.loads((tmp_path / "benchmark.json").read_text()) == report
@@ -74,6 +75,7 @@ def test_miniatures_are_timed_and_planned(p, tmp_path, capsys):
     assert printed.count("| pixart ") == 2 + 1 + 4
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_has_a_row_and_the_run_goes_on(p, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")

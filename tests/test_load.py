@@ -74,6 +74,7 @@ def test_hub_id_that_is_nowhere():
     refused("someone/something", "someone/something cannot be loaded as a pipeline: .* give a folder")
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_read_from_the_cache_offline(folder, tmp_path):
     """Of a kind that only its own index tells, as a published checkpoint's; and what was not fetched is one line."""
     at = tmp_path / "hub/models--someone--something"
