@@ -4,6 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 FRESH_OPTION = $(if $(FRESH),--fresh $(FRESH))
+KEEP_OPTION = $(if $(KEEP),--keep $(KEEP))
 BACKBONE_OPTION = $(if $(BACKBONE),--backbone $(BACKBONE))
 STRIP := $(BIN)/nbstripout --extra-keys metadata.language_info
 PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
@@ -36,15 +37,15 @@ test: install ## the tests that take seconds each
 test-slow: install ## those that train, are killed and go on, or run the study notebooks
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not pipeline"
 
-test-graphs: install ## the whole graph at its smallest in copies: from nothing, changed, of photographs, of a fork
+test-graphs: install ## the whole graph at its smallest in copies: `smoke` from nothing, changed; photographs; a fork
 	$(BIN)/python -m pytest $(PARALLEL) -m pipeline
 
 test-8bit: install ## those of the 8-bit optimiser, with bitsandbytes beside the environment
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target build/8bit --no-deps bitsandbytes==0.50.2
 	PYTHONPATH=build/8bit $(BIN)/python -m pytest tests/test_memory.py -k 8_bits
 
-smoke: install ## the whole graph from nothing at its smallest, in a temporary copy
-	$(BIN)/python -m gad.pipeline smoke --jobs $(JOBS)
+smoke: install ## the whole graph from nothing at its smallest, in a temporary copy; KEEP=FOLDER keeps it there
+	$(BIN)/python -m gad.pipeline smoke --jobs $(JOBS) $(KEEP_OPTION)
 
 demo: install ## a student without and one with GAD, side by side, in demo/; BACKBONE=... is theirs
 	$(BIN)/python -m gad.pipeline demo --jobs $(JOBS) $(BACKBONE_OPTION)

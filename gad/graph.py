@@ -336,12 +336,14 @@ def _within(folder: Path, *args):
         raise PipelineError(f"{args[0]} failed in {folder}")
 
 
-def smoke(jobs: int = 2):
-    """The whole graph from nothing, at its smallest, in a temporary copy."""
+def smoke(jobs: int = 2, keep: Path | None = None):
+    """The whole graph from nothing, at its smallest, in a temporary copy, or one that is kept in the folder `keep`."""
     load()  # as in `reproduce`
+    if keep and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+        raise PipelineError(f"--keep {keep}: something is there already: name another folder")
     overrides = yaml.safe_load((ROOT / "tests/smoke.yaml").read_text())
     with tempfile.TemporaryDirectory() as name:
-        _within(sandbox(Path(name), overrides), "reproduce", "--jobs", jobs)
+        _within(sandbox((keep or Path(name)).resolve(), overrides), "reproduce", "--jobs", jobs)
 
 
 def demo(jobs: int = 2, backbone: str | None = None):

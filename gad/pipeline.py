@@ -176,6 +176,8 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument("--jobs", type=_positive, default=2, help="stages side by side (2)")
             if name == "reproduce":
                 command.add_argument("--fresh", choices=("grid", "students", "all", "1"), help="run them again")
+            if name == "smoke":
+                command.add_argument("--keep", type=Path, metavar="FOLDER", help="the copy stays there")
             if name == "demo":
                 command.add_argument("--backbone", help="of the students (the grid's last)")
     args = parser.parse_args(argv)
@@ -185,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "reproduce":
             graph.reproduce(args.jobs, "all" if args.fresh == "1" else args.fresh)
         elif args.command == "smoke":
-            graph.smoke(args.jobs)
+            graph.smoke(args.jobs, args.keep)
         else:
             graph.demo(args.jobs, args.backbone)
     except (ParamsError, PipelineError) as error:

@@ -100,6 +100,15 @@ def test_a_smoke_run_of_no_parameters_is_one_line(capsys, monkeypatch, tmp_path)
     assert "is not YAML" in error and error.startswith("gad: ") and error.count("\n") == 1
 
 
+def test_a_smoke_run_is_kept_where_nothing_is(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(graph, "sandbox", lambda *_: pytest.fail("a copy is made"))
+    for there in (tmp_path, tmp_path / "file"):
+        assert pipeline.main(["smoke", "--keep", str(there)]) == 1
+        said = f"gad: --keep {there}: something is there already: name another folder\n"
+        assert capsys.readouterr().err == said
+
+
 def test_scrub_keeps_what_a_reader_sees():
     cell = new_code_cell("1", metadata={"tags": ["t"], "papermill": {"duration": 1.2}, "execution": {}})
     cell.outputs = [
@@ -315,19 +324,25 @@ class Copy:
     def __init__(self, folder):
         self.folder = folder
 
-    def python(self, *arguments):
-        env = {**os.environ, "PYTHONPATH": str(self.folder), "DVC_NO_ANALYTICS": "1"}
+    def python(self, *arguments, cwd=None, forks=True):
+        """Kernels are forked (tests/forks.py), or start as they do for anyone."""
+        env = {**os.environ, "PYTHONPATH": str(cwd or self.folder), "DVC_NO_ANALYTICS": "1"}
         env["PATH"] = os.pathsep.join((os.path.dirname(sys.executable), env["PATH"]))
+        if not forks:
+            del env["JUPYTER_PATH"]
         done = subprocess.run(
-            [sys.executable, "-m", *arguments], cwd=self.folder, env=env, text=True, capture_output=True
+            [sys.executable, "-m", *arguments], cwd=cwd or self.folder, env=env, text=True, capture_output=True
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def reproduce(self):
-        """Everything, two stages at a time; returns the stages that ran."""
-        lines = self.python("gad.pipeline", "reproduce", "--jobs", "2").splitlines()
+    def pipeline(self, command, **options):
+        """Two stages at a time; returns the stages that ran."""
+        lines = self.python("gad.pipeline", *command, "--jobs", "2", **options).splitlines()
         return {line.split()[1].rstrip(":") for line in lines if line.startswith("[") and ": done" in line}
+
+    def reproduce(self):
+        return self.pipeline(["reproduce"])
 
     def changed(self):
         """Stages that DVC would run for their own sake, not for what runs before them."""
@@ -365,10 +380,9 @@ REPORTS = {"tables", "figures", "page"}
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory, forks):
-    """One column of the grid, made from nothing."""
-    folder = tmp_path_factory.mktemp("copy")
-    made = Copy(graph.sandbox(folder, graph._merged(SMOKE, {"grid": {"backbones": ["sd2"]}, "further": graph.ALONE})))
-    made.first = made.reproduce()
+    """What `make smoke` makes from nothing."""
+    made = Copy(tmp_path_factory.mktemp("smoke") / "copy")
+    made.first = made.pipeline(["smoke", "--keep", str(made.folder)], cwd=ROOT)
     return made
 
 
@@ -378,8 +392,9 @@ class TestGraph:
     """In this order: later tests change the copy."""
 
     def test_from_nothing(self, copy):
-        assert copy.first == {"autoencoder@kl", "autoencoder@dc", "judge", *column("sd2"), *REPORTS}
-        for name in ("results/sd2-tdm-gad-0.json", "samples/sd2-tdm-base-0.png", "metrics/teacher-sd2.json"):
+        assert copy.first == {*copy.python("dvc", "stage", "list", "--name-only").split()}
+        assert copy.first > {"autoencoder@kl", "autoencoder@dc", "judge", *column("pixart"), *column("sana"), *REPORTS}
+        for name in ("results/sana-tdm-gad-0.json", "samples/pixart-tdm-base-0.png", "metrics/teacher-sana.json"):
             assert (copy.folder / "data" / name).stat().st_size
         for name in ("tables/table1.md", "tables/table5.csv", "metrics.json", "figures/figure5.png", "index.html"):
             assert (copy.folder / "reports" / name).stat().st_size
@@ -395,16 +410,16 @@ class TestGraph:
 
     def test_stage_forced_again_gives_the_same_bytes(self, copy):
         lock = (copy.folder / "dvc.lock").read_text()
-        copy.python("dvc", "repro", "--force", "--single-item", "evaluate@sd2-tdm-gad-0")
+        copy.python("dvc", "repro", "--force", "--single-item", "evaluate@sana-tdm-gad-0", forks=False)
         assert (copy.folder / "dvc.lock").read_text() == lock
 
     def test_missing_result_is_an_error_with_its_name(self, copy, monkeypatch):
         monkeypatch.setattr(paths, "DATA", copy.folder / "data")
         monkeypatch.setattr(paths, "ROOT", copy.folder)
-        result = paths.result(Run("sd2", "tdm", "gad", 0))
+        result = paths.result(Run("sana", "tdm", "gad", 0))
         kept = result.rename(result.with_suffix(".kept"))
         try:
-            with pytest.raises(FileNotFoundError, match=r"results/sd2-tdm-gad-0\.json"):
+            with pytest.raises(FileNotFoundError, match=r"results/sana-tdm-gad-0\.json"):
                 tables.write(params.load(copy.folder / "params.yaml"))
         finally:
             kept.rename(result)
@@ -412,33 +427,35 @@ class TestGraph:
     def test_plots_are_shown(self, copy, tmp_path):
         copy.python("dvc", "plots", "show", "-o", str(tmp_path))
         page = (tmp_path / "index.html").read_text()
-        assert "JVP cosine with the teacher while training" in page and "sd2-tdm-gad-0" in page
+        assert "JVP cosine with the teacher while training" in page and "sana-tdm-gad-0" in page
         assert {f.name.split("_")[-1] for f in (tmp_path / "static").iterdir()} >= {"figure2.png", "figure5.png"}
 
     def test_change_runs_what_it_concerns_alone(self, copy):
-        student = "distill@sd2-tdm-gad-0"
+        student = "distill@sana-tdm-gad-0"
+        copy.edit({"grid": {"backbones": ["sana"]}, "further": graph.ALONE})
+        assert copy.reproduce() == REPORTS
         copy.commit()
         copy.edit({"gad": {"lam": 0.125}})
         assert copy.changed() == {student, "tables", "page"}
-        copy.edit({"grid": {"backbones": ["sd2", "sana"]}})
-        assert copy.changed() == {student, *column("sana"), *REPORTS}
-        copy.edit({"grid": {"backbones": ["sd2"], "paradigms": ["tdm", "ladd"]}})
-        assert copy.changed() == {student, *students("sd2", "ladd"), *REPORTS}
+        copy.edit({"grid": {"backbones": ["sana", "sd2"]}})
+        assert copy.changed() == {student, *column("sd2"), *REPORTS}
+        copy.edit({"grid": {"backbones": ["sana"], "paradigms": ["tdm", "ladd"]}})
+        assert copy.changed() == {student, *students("sana", "ladd"), *REPORTS}
         copy.edit({"grid": {"paradigms": ["tdm"]}})
         assert copy.changed() == {student, "tables", "page"}
-        followers = {f"{s}@sd2-tdm-gad-0" for s in ("evaluate", "chain", "use")}
+        followers = {f"{s}@sana-tdm-gad-0" for s in ("evaluate", "chain", "use")}
         assert copy.reproduce() == {student, *followers, *REPORTS}
         changed = json.loads(copy.python("dvc", "metrics", "diff", "--json"))["reports/metrics.json"]
-        assert changed and all(key.startswith("students.sd2.TDM + GAD") for key in changed)
+        assert changed and all(key.startswith("students.sana.TDM + GAD") for key in changed)
 
     def test_rows_beside_the_grid_run_alone(self, copy):
         """Another term in GAD's place, and a checkpoint of others, which needs no training."""
-        block = {"backbones": ["sd2"], "paradigms": ["tdm"], "variants": ["rkd"]}
+        block = {"backbones": ["sana"], "paradigms": ["tdm"], "variants": ["rkd"]}
         copy.edit({"further": {"controls": block}})
-        control = {f"{s}-controls@sd2-tdm-rkd-0" for s in ("distill", "evaluate")}
+        control = {f"{s}-controls@sana-tdm-rkd-0" for s in ("distill", "evaluate")}
         assert copy.changed() == {*control, *REPORTS}
-        run = "sd2-itself-base-0"  # any pipeline of the backbone's kind will do
-        copy.edit({"published": {run: {"backbone": "sd2", "paradigm": "itself", "path": "data/teachers/sd2",
+        run = "sana-itself-base-0"  # any pipeline of the backbone's kind will do
+        copy.edit({"published": {run: {"backbone": "sana", "paradigm": "itself", "path": "data/teachers/sana",
                                          "steps": 1}}})
         published = {f"publish@{run}", f"evaluate-published@{run}", f"use-published@{run}"}
         assert copy.changed() == {*control, *published, *REPORTS}
