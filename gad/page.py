@@ -74,13 +74,14 @@ FIGURES = {  # alternative text, caption; what stands in braces depends on the w
                "below: the table has them."),
     "layout": ("Curves of AP against CLIP over the size of a guided move, a panel a backbone, a line a model.",
                "Layout control against fidelity to the prompt, from no guidance (hollow) to the largest move. "
-               "Control that costs nothing would go straight up. AP is against the boxes, CLIP with the prompt; both "
-               "have their intervals."),
+               "Control that costs nothing would go straight up. AP is against the boxes, with its intervals; "
+               "those of CLIP, with the prompt, are in the table."),
     "students": ("Points with intervals, a row a student: JVP cosine on the left, {fit} on the right.",
-                 "Every student, those with something else in GAD's place too, between floors and teacher."),
-    "lengths": ("Lines of JVP cosine and {fit} over training steps, without and with GAD, a column a student.",
-                "Trained for longer: tangents above, {fit} below, with intervals of prompts alone. Shaded: the "
-                "untrained student (above), the teacher (below)."),
+                 "Every student, between floors and teacher. Hollow: at another rate, for longer, in another form, or, "
+                 "grey, with something else in GAD's place."),
+    "lengths": ("Lines of JVP cosine and {fit} over training steps, without and with GAD, a pair of panels a student.",
+                "Trained for longer: in each pair tangents above, {fit} below, with intervals of prompts alone. "
+                "Shaded: the untrained student (above), the teacher (below)."),
     "replicas": ("Points by row, a row a student: differences of {fit}, JVP cosine and trajectory error, by seed.",
                  "What GAD changes, trained again from other seeds: each seed (dots), and all together with intervals "
                  "of prompts and of training."),
@@ -91,7 +92,8 @@ FIGURES = {  # alternative text, caption; what stands in braces depends on the w
     "precision": ("Curves of reported cosines against the size of a difference and against the true cosine.",
                   "What finite differences report, by size and precision (left), and of students whose true cosine is "
                   "known, the teacher with noise on its weights (right): means of few noises, with intervals. "
-                  "Dotted: the released size, the paper's values."),
+                  "Dotted: the released size, the paper's values. The released script's h is the norm of the whole "
+                  "perturbation: on larger latents it changes each element less (squares), on these more (diamonds)."),
 }
 MINI = {  # what captions say besides, where the miniature world is drawn
     "figure5": " Above, by the judge's features: these count flaws as variety, and the world's own images, dashed, "

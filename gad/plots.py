@@ -13,11 +13,13 @@ from . import paths, tables
 from .benches import BENCHES
 from .evaluation.geometry import bootstrap
 from .evaluation.precision import PUBLISHED
-from .params import Params, Run
+from .params import NEED_A_FAKE, Params, Run
 from .tables import chains, replicas, uses
 from .world import scenes
 
 COLOURS = {"teacher": "#444444", "base": "#0173b2", "gad": "#de8f05"}
+OTHER = "#949494"
+GAD = ("step", "map", *NEED_A_FAKE)  # its forms: others are controls
 
 
 class Style(NamedTuple):
@@ -145,9 +147,10 @@ def figure2(p: Params):
         row[1].set_ylabel("JVP cosine")
         row[2].set_ylabel("relative error of values")
         row[3].set_ylabel("JVP cosine")
-    probes = f"endpoint map, {p.endpoints.probes} noises"
-    for ax, title in zip(axes[0], ("local map: values", "local map: tangents", f"{probes}: values",
-                                   f"{probes}: tangents"), strict=True):
+    axes[0, 3].plot([], [], color=COLOURS["teacher"], lw=1.2, label="upright: a student's interval")
+    probes = f"(Table 1 has {p.evaluation.prompts * p.evaluation.noises} noises, this {p.endpoints.probes})"
+    for ax, title in zip(axes[0], ("local map: values", "local map: tangents", f"endpoint map: values\n{probes}",
+                                   f"endpoint map: tangents\n{probes}"), strict=True):
         ax.set_title(title, fontsize=9)
     for ax in axes[-1, :2]:
         ax.set_xlabel("noise level t")
@@ -164,7 +167,7 @@ def _legend_below(figure, axes, rows: int):
     for handles, names in sorted((ax.get_legend_handles_labels() for ax in axes), key=lambda x: -len(x[1])):
         shown |= dict(zip(names, handles, strict=True))
     figure.legend(shown.values(), shown.keys(), frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0),
-                  ncols=max(1, -(-len(shown) // max(1, rows))))
+                  handlelength=3.5, ncols=max(1, -(-len(shown) // max(1, rows))))
 
 
 VENDI = {"vendi": "Vendi score\nof the judge's features", "layout_vendi": "Vendi score\nof objects' places"}
@@ -218,7 +221,8 @@ def figure5(p: Params):
 
 
 def layout(p: Params):
-    """Layout control against what it costs, a panel a backbone: from no guidance (hollow) to the largest move."""
+    """Layout control against what it costs, a panel a backbone: from no guidance (hollow) to the largest move.
+    Intervals of AP alone: those of CLIP would hide the points."""
     backbones = p.grid.backbones
     found = uses.long(p, ("table5",))["table5"].set_index(["backbone", "model", "metric"])
     figure, axes = plt.subplots(1, len(backbones), figsize=(3.6 * len(backbones), 3.2), squeeze=False, sharey=True)
@@ -234,8 +238,8 @@ def layout(p: Params):
             ax.plot(x[:, 0], y[:, 0], ls=line, marker=marker, ms=7 if marker == "*" else 4, lw=1.1, color=colour,
                     label=name)
             ax.plot(x[0, 0], y[0, 0], marker, ms=7 if marker == "*" else 4, mfc="white", mec=colour)
-            for a, b in zip(x, y, strict=True):
-                _cross(ax, a, b, colour)
+            ax.vlines(x[:, 0], y[:, 1], y[:, 2], color=colour, lw=0.8, alpha=0.35)
+        ax.plot([], [], "o", ms=4, mfc="white", mec=COLOURS["teacher"], label="without guidance")
         ax.set_title(backbone, fontsize=9)
         ax.set_xlabel("CLIP")
     axes[0, 0].set_ylabel("AP")
@@ -297,11 +301,11 @@ def published(p: Params):
         known = pd.read_csv(paths.diagnosis(backbone) / "published.csv")
         for key, line, name, label in (
             ("ours", "o-", "fp32", "fp32, h = 0.01 per element"),
-            ("released", "s--", "fp16", "fp16, ‖hv‖ = 0.01 as released"),
-            ("released_element", "s-", "fp16", "fp16, the released h per element"),
+            ("released", "D:", "fp16", "fp16, ‖hv‖ = 0.01 on these latents"),
+            ("released_element", "s-", "fp16", f"fp16, {PUBLISHED:.1e} per element, as released"),
         ):
             x, (y, low, high) = known["exact_cos"], (known[f"{key}_cos{end}"] for end in ("", "_low", "_high"))
-            right.plot(x, y, line, color=shades[name], label=label)
+            right.plot(x, y, line, ms=4, color=shades[name], label=label)
             right.fill_between(x, low, high, color=shades[name], alpha=0.12, lw=0)
         for ax, values in ((left, sweep.loc[sweep["precision"] == "fp16", "cos"]), (right, known["released_cos"])):
             if values.isna().all():
@@ -312,7 +316,7 @@ def published(p: Params):
         right.text(1, -0.03, "the paper's 0.012 and 0.014", fontsize=7, ha="right", va="top")
         right.set(xlabel="true JVP cosine of the student", ylabel="reported cosine", xlim=(0, 1.03), ylim=(-0.1, 1.05))
     axes[0, 0].legend(frameon=False, fontsize=6)
-    axes[0, 1].legend(frameon=False, fontsize=7, loc=(0.02, 0.62))
+    axes[0, 1].legend(frameon=False, fontsize=6.5, loc=(0, 0.74))
     figure.tight_layout()
     return figure
 
@@ -408,8 +412,10 @@ def students(p: Params):
             measured = (result["endpoint"]["cos"], p.evaluation.noises), (tables.fit(result), 1)
             for ax, (values, noises) in zip(row, measured, strict=True):
                 value, low, high = _interval(p, values, "cos", noises)  # both are means
+                kind = _kind(p, run)
+                colour = COLOURS.get(kind, OTHER)
                 ax.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", ms=4, capsize=2, lw=1,
-                            color=COLOURS.get(run.variant, "#949494"))
+                            color=colour, mfc=colour if run.variant == kind else "white")
         floors = tables.read(paths.diagnosis(backbone) / "floors.json")
         for name, style in (("untrained student", ":"), ("teacher, CFG + 1", "--")):
             _across(row[0], _interval(p, floors[name]["cos"], "cos", p.evaluation.noises), name, style, upright=True)
@@ -424,12 +430,21 @@ def students(p: Params):
         if not shared or backbone == p.grid.backbones[-1]:
             row[1].set_xlabel("scene accuracy" if "scene" in result["quality"] else "PickScore")
     axes[-1, 0].set_xlabel("JVP cosine with the teacher, z → x0")
-    for name, colour in (("base", COLOURS["base"]), ("GAD", COLOURS["gad"]), ("another variant", "#949494")):
-        axes[0, 1].plot([], [], "o", ms=4, color=colour, label=name)
+    for name, colour, face in (
+        ("without GAD", COLOURS["base"], None), ("with GAD", COLOURS["gad"], None),
+        ("these, trained otherwise", COLOURS["teacher"], "white"), ("another term", OTHER, "white"),
+    ):
+        axes[0, 1].plot([], [], "o", ms=4, color=colour, mfc=face or colour, label=name)
     for ax in axes[0]:
         ax.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     figure.tight_layout()
     return figure
+
+
+def _kind(p: Params, run: Run) -> str | None:
+    """"base" or "gad" of any student without a term or with GAD, however it is trained; None of one with another."""
+    term = p.term(run.variant)
+    return "base" if term is None else "gad" if term.form in GAD else None
 
 
 def trained_again(p: Params):
@@ -450,7 +465,7 @@ def trained_again(p: Params):
                     ax.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="D", ms=5, capsize=2, lw=1,
                                 color=COLOURS["gad"], label="all seeds")
                 else:
-                    ax.plot(value, y - 0.25, ".", ms=6, color="#949494", label="one seed")
+                    ax.plot(value, y - 0.25, ".", ms=6, color=OTHER, label="one seed")
         ax.axvline(0, color="black", lw=0.6)
         ax.locator_params(axis="x", nbins=5)
         ax.set_xlabel(title)
@@ -471,34 +486,52 @@ def lengths(p: Params):
         if run.seed == p.seeds.distill[0] and (kind := _at_full_rate(p, run.variant)):
             lines.setdefault(run[:2], {}).setdefault(kind, []).append(run)
     lines = {of: kinds for of, kinds in lines.items() if max(map(len, kinds.values())) > 1}
-    n = max(1, len(lines))
-    figure, axes = plt.subplots(2, n, figsize=(0.8 + 1.9 * n, 4.4), squeeze=False, sharex="col",
-                                sharey="row" if shared else False)
-    for (top, bottom), (backbone, paradigm) in zip(axes.T, lines, strict=False):
-        floors = tables.read(paths.diagnosis(backbone) / "floors.json")
-        noises = p.evaluation.noises
-        _across(top, _interval(p, floors["untrained student"]["cos"], "cos", noises), "untrained student", ":")
-        teacher = tables.fit(tables.read(paths.teacher_metrics(backbone)))
-        _across(bottom, _interval(p, teacher, "cos"), "teacher")
-        for kind, runs in lines[backbone, paradigm].items():
-            runs.sort(key=lambda r: p.steps(r.paradigm, r.variant))
-            found = [tables.read(paths.result(r)) for r in runs]
-            x = np.array([p.steps(r.paradigm, r.variant) for r in runs])
-            measured = [(r["endpoint"]["cos"], noises) for r in found], [(tables.fit(r), 1) for r in found]
-            for ax, values in zip((top, bottom), measured, strict=True):
-                v, low, high = np.array([_interval(p, y, "cos", each) for y, each in values]).T  # both are means
-                ax.errorbar(x * {"base": 1, "gad": 1.03}[kind], v, yerr=[v - low, high - v], fmt="o-", ms=3.5, lw=1.2,
-                            capsize=2, color=COLOURS[kind], label={"base": "without GAD", "gad": "with GAD"}[kind])
-        top.set_title(f"{backbone}, {tables.label(Run(backbone, paradigm, 'base', 0))}", fontsize=9)
-        bottom.set_xlabel("training steps")
-        bottom.set_xlim(left=0)
-    axes[0, 0].set_ylabel("JVP cosine")
-    axes[1, 0].set_ylabel(tables.fits(p))
+    backbones, paradigms = ([*dict.fromkeys(names)] for names in zip(*(lines or [(None, None)]), strict=True))
+    figure, axes = plt.subplots(
+        2 * len(backbones), len(paradigms), figsize=(0.8 + 2.6 * len(paradigms), 0.6 + 3.2 * len(backbones)),
+        squeeze=False, sharex=True, height_ratios=[1.2, 1] * len(backbones),
+    )
+    for k, backbone in enumerate(backbones):
+        for j, paradigm in enumerate(paradigms):
+            top, bottom = axes[2 * k:2 * k + 2, j]
+            if (backbone, paradigm) not in lines:
+                for ax in (top, bottom):
+                    ax.set_visible(not lines)
+                continue
+            _longer(p, top, bottom, backbone, lines[backbone, paradigm])
+            top.set_title(f"{backbone}, {tables.label(Run(backbone, paradigm, 'base', 0))}", fontsize=9)
+        if backbone:
+            axes[2 * k, 0].set_ylabel("JVP cosine")
+            axes[2 * k + 1, 0].set_ylabel(tables.fits(p))
+    for row in (range(0, len(axes), 2), range(1, len(axes), 2)) if shared else ():
+        scales = [ax for i in row for ax in axes[i] if ax.get_visible()]
+        low, high = (f(ax.get_ylim()[end] for ax in scales) for f, end in ((min, 0), (max, 1)))
+        for ax in scales:
+            ax.set_ylim(low, high)
+    for ax in axes[-1]:
+        ax.set_xlabel("training steps")
+        ax.set_xlim(left=0)
     if not lines:
         axes[0, 0].set_title("no student was trained for longer", fontsize=8)
     figure.tight_layout()
-    _legend_below(figure, axes[:, 0], 1)
+    _legend_below(figure, axes[:2, 0], 1)
     return figure
+
+
+def _longer(p: Params, top, bottom, backbone: str, kinds: dict):
+    """Of one backbone and paradigm: above JVP cosines, below how well images fit."""
+    floors, noises = tables.read(paths.diagnosis(backbone) / "floors.json"), p.evaluation.noises
+    _across(top, _interval(p, floors["untrained student"]["cos"], "cos", noises), "untrained student", ":")
+    _across(bottom, _interval(p, tables.fit(tables.read(paths.teacher_metrics(backbone))), "cos"), "teacher")
+    for kind, runs in kinds.items():
+        runs.sort(key=lambda r: p.steps(r.paradigm, r.variant))
+        found = [tables.read(paths.result(r)) for r in runs]
+        x = np.array([p.steps(r.paradigm, r.variant) for r in runs])
+        measured = [(r["endpoint"]["cos"], noises) for r in found], [(tables.fit(r), 1) for r in found]
+        for ax, values in zip((top, bottom), measured, strict=True):
+            v, low, high = np.array([_interval(p, y, "cos", each) for y, each in values]).T  # both are means
+            ax.errorbar(x * {"base": 1, "gad": 1.03}[kind], v, yerr=[v - low, high - v], fmt="o-", ms=3.5, lw=1.2,
+                        capsize=2, color=COLOURS[kind], label={"base": "without GAD", "gad": "with GAD"}[kind])
 
 
 def _at_full_rate(p: Params, variant: str) -> str | None:

@@ -125,7 +125,8 @@ def test_share_is_the_ratio_on_the_same_prompts():
 def test_students_that_draw_too_little_show_what_was_tried(monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "REPORTS", tmp_path)
     trials = [
-        ("sana", "sid", "base", "", 0.72, 0.9), ("sana", "sid", "base", "distill.steps=600", 0.63, 0.9),
+        ("sana", "sid", "base", "", 0.72, 0.9),
+        ("sana", "sid", "base", "distill.steps=600 paradigms.sid.lr=0.0005", 0.63, 0.9),
         ("sana", "sid", "gad", "", 0.1, 0.9), ("sd2", "sid", "base", "", 0.2, 0.9),
     ]
     columns = ["backbone", "paradigm", "variant", "settings", "scene", "teacher"]
@@ -137,11 +138,15 @@ def test_students_that_draw_too_little_show_what_was_tried(monkeypatch, tmp_path
         for b, m, x, high in rows
     ])
     text = "\n".join(geometry._short(long, params.load()))
-    tried = "as it is: 0.80, steps=600: 0.70"
+    tried = "as it is: 0.80, steps=600 lr=0.0005: 0.70"
     assert text.count(tried) == 2 and "| pixart " in text and "| sd2 " not in text  # GAD's row has its base's
     (sid, gad, ladd) = [line for line in text.splitlines() if line.startswith(("| sana", "| pixart"))]
     assert "no " in sid and "yes" in gad and "no " in ladd and ladd.split("|")[-2].strip() == "–"
     assert geometry._short(long[long["value"] >= 0.85], params.load()) == []
+    more = {("sd2", "SiD"): 0.8, ("sana", "SiD"): 0.9}  # by the table of more images
+    lines = "\n".join(geometry._short(long, params.load(), more)).splitlines()
+    assert [line.count(" 0.8 ") for line in lines if line.startswith("| sd2")] == [1]
+    assert sum(line.startswith("| sana") for line in lines) == 2
 
 
 def test_noises_of_a_prompt_are_not_prompts():

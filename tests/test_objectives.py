@@ -767,6 +767,68 @@ class ByTime(Posterior):
         return (self.table[k] @ x[..., None])[..., 0] + self.shift[k]
 
 
+class OnTheWay(Posterior):
+    """The best fake of a student `ByTime` of Gaussian data, which has Gaussian states: E[x̂ | x_τ], which TDM's fake
+    learns; or, `by_score`, the x̂0 that goes with the score of x_τ."""
+
+    def __init__(self, student, backbone, steps, by_score):
+        super().__init__()
+        self.own, self.by_score = [student], by_score
+        self.alpha, self.sigma = backbone.levels.alpha_sigma(backbone.times(steps))
+
+    def states(self):
+        """(mean, covariance) of the student's states, its noise first, and each step x → M x + d."""
+        mean, cov, found = torch.zeros(D), I, []
+        for k, (a, b) in enumerate(zip(self.own[0].table.detach(), self.own[0].shift.detach(), strict=True)):
+            (alpha, ahead), (sigma, after) = self.alpha[k:k + 2], self.sigma[k:k + 2]
+            m, d = ahead * a + after / sigma * (I - alpha * a), (ahead - after / sigma * alpha) * b
+            found.append((mean, cov, a, b, m, d))
+            mean, cov = m @ mean + d, m @ cov @ m.T
+        return found, (mean, cov)
+
+    def forward(self, x, alpha, sigma, c):
+        out, (found, _) = torch.zeros_like(x), self.states()
+        step = (sigma < self.sigma[:-1]).sum(1) - 1  # τ is between this of the sampler's times and the next
+        for k, (mean, cov, a, b, m, d) in enumerate(found):
+            i = step == k
+            ratio = (alpha[i] / self.alpha[k + 1])[..., None]
+            spread = (sigma[i][..., None] ** 2 - (ratio * self.sigma[k + 1]) ** 2).clamp(min=0)
+            off = x[i][..., None] - ratio * (m @ mean + d)[:, None]
+            off = torch.linalg.solve(ratio**2 * (m @ cov @ m.T) + spread * I, off)
+            score = (x[i] - sigma[i] ** 2 * off[..., 0]) / alpha[i]
+            out[i] = score if self.by_score else a @ mean + b + (ratio * (a @ cov @ m.T) @ off)[..., 0]
+        return out
+
+
+@pytest.mark.parametrize("by_score", [False, True])
+def test_tdms_last_state_is_the_teachers_and_those_on_the_way_are_wider(backbone, by_score):
+    """As its docstring says of its fake. With the score of what is diffused in its place all are the teacher's."""
+    torch.manual_seed(0)
+    student = ByTime(backbone, 4)
+    fake = OnTheWay(student, backbone, 4, by_score)
+    tdm = make("tdm", backbone, steps=4, fake=fake, student=student, huber=0.0)
+    weights = [student.table, student.shift]
+    optimiser = torch.optim.Adam(weights, 0.02)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 600)
+    for step in range(600):
+        optimiser.zero_grad()
+        torch.autograd.backward(tdm.losses(batch(256, step), step)["student"], inputs=weights)
+        optimiser.step()
+        falling.step()
+    (_, *found), last = fake.states()
+    wide, off = [], []
+    for k, (mean, cov, *_) in enumerate([*found, last], 1):
+        alpha, sigma = fake.alpha[k], fake.sigma[k]
+        wide.append((cov.trace() / (alpha**2 * COV + sigma**2 * I).trace()).item())
+        off.append((mean - alpha * MEAN).norm().item())
+    if by_score:
+        assert wide == pytest.approx([1] * 4, abs=0.02) and max(off) < 0.02
+    else:
+        assert 1.15 < wide[-2] < 1.35 and min(wide) > 0.98
+    assert wide[-1] == pytest.approx(1, abs=0.02) and off[-1] < 0.02
+    assert (last[1] - COV).norm() < 0.03 * COV.norm()
+
+
 @pytest.mark.parametrize("solver", [1, 4])
 def test_tcds_jump_ends_where_the_guided_solver_and_another_jump_lead(backbone, solver):
     """At any later time of the grid: from where a step of the solver leads, and there itself where that is the end."""

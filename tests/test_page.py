@@ -365,6 +365,13 @@ def test_students_have_an_axis_for_each_measure_and_published_ones_a_row(figure)
     seeds = {"seeds.distill": [1, 2], "further.replicas.seeds": []}
     found = figure(plots.students, results, **PHOTOGRAPHS, published=turbo, **seeds)
     right = np.reshape(found.axes, (3, 2))[:, 1]
+    faces = {}  # of a row's point, by its name: full where it is the grid's own
+    for name, (point, *_) in zip(found.axes[2].get_yticklabels(), found.axes[2].containers, strict=False):
+        faces[name.get_text()] = point.get_color(), point.get_markerfacecolor()
+    blue, orange = (plots.COLOURS[k] for k in ("base", "gad"))
+    assert faces["TDM"] == (blue, blue) and faces["TDM + GAD"] == (orange, orange)
+    assert faces["TDM, half the rate"] == (blue, "white") and faces["TDM + GAD, map form"] == (orange, "white")
+    assert faces["TDM + RKD"] == (plots.OTHER, "white")
     assert [ax.get_xlabel() for ax in right] == ["PickScore", "scene accuracy", "scene accuracy"]
     assert right[0].get_xlim()[0] > 10 and right[1].get_xlim() == (0, 1)
     names = [t.get_text() for t in found.axes[0].get_yticklabels()]

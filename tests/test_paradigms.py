@@ -703,14 +703,16 @@ def frozen():
 
 
 @pytest.mark.usefixtures("frozen")
-@pytest.mark.parametrize(("name", "form"), [
-    (name, form) for name, paradigm in PARADIGMS.items() for form in ("step", "paired-score")
-    if form not in NEED_A_FAKE or paradigm.form == "score"
+@pytest.mark.parametrize(("name", "form", "on"), [
+    *((name, form, "sana") for name, paradigm in PARADIGMS.items() for form in ("step", "paired-score")
+      if form not in NEED_A_FAKE or paradigm.form == "score"),
+    *(("tdm", form, "sana") for form in FORMS if form not in ("step", "paired-score")),
+    *((name, "step", on) for name in ("tdm", "ladd") for on in ("sd2", "pixart")),
 ])
-def test_steps_leave_no_memory_behind(mini, name, form):
+def test_steps_leave_no_memory_behind(mini, name, form, on):
     """A step's graph goes with it, though the paradigm keeps the last `point`, of which the forms with scores need the
     graph. Steps 0 and 5 are turns of DMD's student, 1 is not."""
-    task, _, _ = stepped(name, prepared(mini("sana")), form)
+    task, _, _ = stepped(name, prepared(mini(on)), form)
     accelerator = Accelerator(cpu=True)
 
     def live(step):

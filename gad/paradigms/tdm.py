@@ -1,11 +1,14 @@
 """TDM, Trajectory Distribution Matching (Luo et al. 2025), deterministic in `z`.
 
-The student runs the K sampling times; at one of them, t_k, its step to t_{k+1} is trained so that what it
-gives, diffused to τ in (t_{k+1}, t_k), has the teacher's distribution there:
+The student runs the K sampling times; at one of them, t_k, its step to t_{k+1} is trained on what that gives, diffused
+to τ in (t_{k+1}, t_k), where it is to have the teacher's distribution:
 
     x̂, ε̂ = G(x_{t_k}, t_k),   x_τ = diffuse(α x̂ + σ ε̂ at t_{k+1}, to τ)
     student:  Huber_c(x̂ − sg[x̂ + μ_real^w(x_τ) − μ_fake(x_τ)]) / mean|x̂ − μ_real^w|
     fake:     min(SNR_τ, 5) · (μ_fake(x_τ) − sg[x̂])²
+
+The last step's has it. Those on the way come out wider, of Gaussian data by up to a quarter of their variance at K = 4:
+the fake learns x̂, as the authors', but ε̂ depends on x̂, so that E[x̂ | x_τ] is not what goes with the score of x_τ.
 
 Choices: each sub-interval has its own noise levels (the authors' `use_separate`); their importance weight, which is
 within a few per cent of one, is left out; one fake step per student step, of the same t_k, τ and noise (theirs: new

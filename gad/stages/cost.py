@@ -13,6 +13,7 @@ import torch
 from .. import paths
 from ..distill import Distillation, checkpoint, compile_blocks
 from ..evaluation.geometry import interval_columns
+from ..geometry import jvp
 from ..paradigms import find
 from ..params import Params
 from ..tables import cell
@@ -28,8 +29,10 @@ bootstrap interval over blocks. A row is of one run, and so are its ratios; seco
 renews some) need not be. Memory is the peak of the process (CPU) or of what is allocated (GPU), with the networks
 and moments of all columns in it: the columns' differences are what a term needs. Operations are those of matrix
 products, convolutions and attention, counted in the first block: a ratio that no machine changes, and nearly that of
-larger networks of the same kind, whose calls are as many. The teacher's exact tangents, at {kept} noises once a
-backbone, are in none of it.
+larger networks of the same kind, whose calls are as many. A paradigm whose student moves at some steps only (DMD's at
+each fifth) has a term there alone: its ratios are means over steps. The teacher's exact tangents, at {kept} noises
+once a backbone, are in none of it but the last column, which sets them against a whole training without GAD; all
+students of a backbone share them.
 
 """
 MOST = 1.5  # times the base's step, what GAD may cost
@@ -49,6 +52,7 @@ def cost(backbone: str, p: Params, blocks: int = 8, only: list[str] | None = Non
     paradigms = {name: find(name) for name in only or p.paradigms}
     model, cond, tangents, samples = materials(accelerator.device, backbone, p)
     which = p.backbones[backbone]
+    tangents_once = _tangents(model, which, tangents) * p.endpoints.pairs
     terms = {"base": None, "gad": p.gad, "every": p.gad.model_copy(update={"every": 4})}
     if "map" in p.controls:
         terms["map"] = p.controls["map"]
@@ -76,6 +80,7 @@ def cost(backbone: str, p: Params, blocks: int = 8, only: list[str] | None = Non
         row |= {f"memory_{k}": timed[k].memory for k in timed}
         row |= {"operations": operations["base"]}
         row |= {f"operations_{k}": operations[k] / operations["base"] for k in TITLES if k in terms}
+        row["tangents"] = tangents_once / (operations["base"] * p.steps(name, "base"))
         rows.append(row)
         told = ", ".join(f"{title} {row[k]:.2f}" for k, title in TITLES.items() if k in terms)
         told = f"{name}, times the base: {told}"
@@ -84,6 +89,14 @@ def cost(backbone: str, p: Params, blocks: int = 8, only: list[str] | None = Non
         gc.collect()
     _write(_beside(pd.DataFrame(rows), p), p, backbone, blocks, accelerator.device)
     return rows
+
+
+def _tangents(model, which, of) -> float:
+    """Operations of one of the teacher's paths with its tangents."""
+    at, times = of[slice(0, 1)], model.times(which.student_steps)
+    with torch.no_grad(), Operations() as counted:
+        jvp(lambda z: model.path(model.network, z, at.cond, which.teacher_steps, which.cfg, times), at.z, at.v)
+    return counted.total
 
 
 def _beside(frame, p):
@@ -152,6 +165,8 @@ def _write(frame, p, backbone, blocks, device):
     cells["base, GFLOP"] = (frame["operations"] / 1e9).map("{:.1f}".format)
     for key, title in titles.items():
         cells[f"{title} / base, operations"] = frame[f"operations_{key}"].map("{:.2f}".format)
+    if "tangents" in frame:
+        cells["the tangents once / a training of base, operations"] = frame["tangents"].map("{:.2f}".format)
     for key, title in {"base": "base", **titles}.items():
         if key != "every":  # its peak is GAD's
             cells[f"{title}, MB"] = frame[f"memory_{key}"].round().astype(int)

@@ -18,12 +18,14 @@ __all__ = ["HYBRID", "SUMMARY", "cell", "fit", "fits", "is_end", "label", "minus
 
 def write(p: Params) -> dict[str, pd.DataFrame]:
     """reports/tables/*, reports/metrics.json; returns the tables in long form, by name."""
-    table1 = geometry.write(p)
+    found = pages.write(p)
+    shares = found["table3"].query("metric == @uses.SHARE").set_index(["backbone", "model"])["value"].to_dict()
+    table1 = geometry.write(p, shares)
     metrics = {"teachers": teachers.write(p), "students": {}}
     for row in table1[table1["map"].isin(["endpoint", "images", "difference"])].itertuples():
         of = metrics["students"].setdefault(row.backbone, {}).setdefault(row.model, {})
         of[row.metric] = float(f"{row.value:.4g}")
-    found, table4 = pages.write(p), trajectories.write(p)
+    table4 = trajectories.write(p)
     tracked = uses.TRACKED | trajectories.TRACKED
     for row in pd.concat([*found.values(), table4[is_end(table4)]]).query("metric in @tracked").itertuples():
         of = metrics["students"].setdefault(row.backbone, {}).setdefault(row.model, {})

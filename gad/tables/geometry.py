@@ -128,15 +128,20 @@ def difference(base: list[dict], gad: list[dict], n: int, noises: int) -> dict[s
     return out
 
 
-def _short(long: pd.DataFrame, p: Params) -> list[str]:
-    """The section on students that draw fewer of their teacher's scenes than a usable one, and what was tried of it."""
-    usable = p.report.usable
-    part = long[(long["map"] == "images") & (long["metric"] == "share") & (long["value"] < usable)]
+def _short(long: pd.DataFrame, p: Params, more: dict | None = None) -> list[str]:
+    """The section on students that draw fewer of their teacher's scenes than a usable one, and what was tried of it:
+    by this table or by `more`, the shares of Table 3 by (backbone, model)."""
+    usable, more = p.report.usable, more or {}
+    there = (long["map"] == "images") & (long["metric"] == "share")
+    by_more = pd.Series([more.get(at, 1.0) for at in zip(long["backbone"], long["model"], strict=True)], long.index)
+    part = long[there & (np.minimum(long["value"], by_more) < usable)]
     if not len(part):
         return []
     runs = {(run.backbone, label(run)): run for run in p.runs()}
     shown = pivot(part, "metric").rename(columns=COLUMNS)
     shown["whole interval below"] = np.where(part["high"] < usable, "yes", "no")
+    shown["by Table 3"] = [f"{more[at]:.3g}" if (at := (b, m)) in more else "–"
+                           for b, m in zip(part["backbone"], part["model"], strict=True)]
     shares = long[(long["map"] == "images") & (long["metric"] == "share")].set_index(["backbone", "model"])["value"]
     shown["its base at other settings"] = [
         _others(shares[b], runs.get((b, m.removesuffix(HYBRID))), p)
@@ -147,10 +152,11 @@ def _short(long: pd.DataFrame, p: Params) -> list[str]:
     ]
     return [
         f"## Students that draw less than {usable:.0%} of their teacher's scenes",
-        f"At {usable:.0%} (`report.usable`) a student counts as usable; by Table 3, of more images, others do. In the "
-        "last columns the same share of its paradigm without GAD at other settings: of this table, and in trials, as "
-        "it is and otherwise, on other prompts and noises (`reports/tuning.md`; of an earlier teacher are left "
-        "out). They say whether it is for want of steps or of another rate that these students fall short.",
+        f"At {usable:.0%} (`report.usable`) a student counts as usable: here are those that draw less by this table or "
+        "by Table 3, of more images. In the last columns the same share of its paradigm without GAD at other settings: "
+        "of this table, and in trials, as it is and otherwise, on other prompts and noises (`reports/tuning.md`; of an "
+        "earlier teacher are left out). They say whether it is for want of steps or of another rate that these "
+        "students fall short.",
         shown.to_markdown(index=False),
     ]
 
@@ -172,7 +178,7 @@ def _tried(run: Run | None) -> str:
     of = of[of["teacher"] == of.groupby("backbone")["teacher"].transform("max")]  # an earlier one drew less well
     of = of[(of["backbone"] == run.backbone) & (of["paradigm"] == run.paradigm) & (of["variant"] == "base")]
     found = of["scene"] / of["teacher"]
-    told = of["settings"].str.split(".").str[-1].where(of["settings"] != "", "as it is")
+    told = of["settings"].str.replace(r"[\w.]+\.(?=\w+=)", "", regex=True).where(of["settings"] != "", "as it is")
     return ", ".join(f"{what}: {x:.2f}" for what, x in zip(told, found, strict=True)) or "–"
 
 
@@ -193,8 +199,8 @@ def _weighted(p: Params) -> str:
             f"λ / h² = {p.gad.lam / p.gad.h**2:g}, over the number of elements if their squares are summed")
 
 
-def write(p: Params) -> pd.DataFrame:
-    """reports/tables/table1.* and summary.md; returns the long form."""
+def write(p: Params, shares: dict | None = None) -> pd.DataFrame:
+    """reports/tables/table1.* and summary.md; returns the long form. `shares`: of the teacher's scenes, by Table 3."""
     long = table1(p)
     geometry = ["cos", "ratio", "spectral_kl", "mse", "relative", "value"]
     levels = sorted({m for m in long["map"] if m.startswith("local")}, reverse=True)
@@ -222,7 +228,7 @@ def write(p: Params) -> pd.DataFrame:
         "## Differences, paired",
         "Jac norm off 1: by how much the log of the ratio of norms, averaged over noises, is off 0, either way.",
         wide(long, ["difference"], [*DIFFERENCES, *QUALITY], "+.3g").to_markdown(index=False),
-        *_short(long, p),
+        *_short(long, p, shares),
         "## Local map x_t → x̂0", wide(long, levels, geometry).to_markdown(index=False),
     ]
     save("table1", long, text)
