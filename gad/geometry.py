@@ -1,11 +1,11 @@
 """Geometry-Aware Distillation in one page: match how maps *change*, not only what they return.
 
-A map is any callable `f(x) -> y` on batches `(B, *dims)`. The paper's response `f(x + h v) − f(x)` is about
-`h J_f v`; here every response is already divided by `h` and losses are means over `m` elements, so the paper's weight
-of a squared norm is `λ_paper = λ / (h² m)`. With `v` Gaussian, `h` is the RMS perturbation *per element* (the released
-code's unit-norm direction is "sphere"). Differences are taken in fp32 at least: maps run without autocast and TF32,
-since in bf16 rounding is nearly as large as a response at the usual `h`. What is trained through them should have TF32
-off in its backward pass too (`torch.backends.cudnn.allow_tf32 = False`), as this pipeline does.
+A map is any callable `f(x) -> y` on batches `(B, *dims)`. The paper's response `f(x + h v) − f(x)` is about `h J_f v`;
+here every response is already divided by `h` and losses are means over `m` elements, so the paper's weight of a squared
+norm is `λ_paper = λ / (h² m)`. With `v` Gaussian, `h` is the RMS perturbation *per element* (the released code's
+unit-norm direction is "sphere"). Differences are taken in fp32 at least: maps need weights in it, and run without
+autocast and TF32, since in bf16 rounding is nearly as large as a response at the usual `h`. What is trained through
+them should have TF32 off in its backward pass too (`torch.backends.cudnn.allow_tf32 = False`), as this pipeline does.
 """
 
 import math
@@ -155,6 +155,13 @@ def _precise(x: Tensor):
             kind.fp32_precision = "ieee"
         with torch.autocast(x.device.type, enabled=False):
             yield
+    except RuntimeError as error:
+        if not any(s in str(error) for s in ("same dtype", "type (", "expected scalar type")):
+            raise
+        raise RuntimeError(
+            f"maps are called in {x.dtype} here, whatever the precision around: give them weights in it "
+            f"(network.float()). {error}"
+        ) from error
     finally:
         for kind, precision in zip(TF32, before, strict=True):
             kind.fp32_precision = precision

@@ -424,6 +424,17 @@ def test_missing_forward_mode_says_what_to_do(f):
         jvp(f, x, x)
 
 
+@pytest.mark.parametrize("scheme", ["forward", "central", "exact"])
+@pytest.mark.parametrize("network", [
+    torch.nn.Linear(4, 4), torch.nn.Conv2d(4, 4, 1), torch.nn.Conv2d(4, 4, 1, bias=False), torch.nn.LayerNorm(4),
+], ids=["linear", "convolution", "no-bias", "norm"])
+def test_weights_in_half_precision_are_named(network, scheme):
+    f = copy.deepcopy(network).bfloat16()
+    x = torch.randn(2, 4, 4, 4, generator=gen())
+    with pytest.raises(RuntimeError, match=r"^maps are called in torch\.float32 here, .* \(network\.float\(\)\)\. "):
+        response(f, x, direction(x, generator=gen(1)), 0.1, scheme)
+
+
 def test_errors_of_the_map_itself_pass_through():
     x = torch.ones(2, 3)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
