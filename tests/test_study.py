@@ -96,6 +96,16 @@ def test_half_precision_leaves_little_of_a_small_difference(toy):
     assert min(fine) > 0.99 and max(coarse) < 0.7
 
 
+@pytest.mark.parametrize("name", ["toy_2d", "gad_in_ten_lines"])
+def test_what_ships_with_outputs_is_of_this_notebook(name):
+    """README has the command; outputs depend on the machine's rounding, and are not compared."""
+    source, shown = (nbformat.read(f, 4) for f in (STUDY / f"{name}.ipynb", ROOT / f"reports/notebooks/{name}.ipynb"))
+    assert [c.source for c in shown.cells] == [c.source for c in source.cells]
+    outputs = [output for cell in shown.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not any(output.output_type == "error" for output in outputs)
+
+
 def _teacher_is_there():
     if not (ROOT / "data/teachers/sd2/model_index.json").is_file():
         if "teacher@sd2" not in yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]:
