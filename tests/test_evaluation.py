@@ -13,7 +13,7 @@ from gad import claims, params, paths, tables
 from gad.evaluation import trajectory
 from gad.evaluation.geometry import bootstrap, compare, local_rows, row, spectral_kl, spectrum, tangents
 from gad.params import Run
-from gad.tables import chains, common, geometry, gradients, means, pages, replicas, teachers, trajectories
+from gad.tables import chains, common, geometry, gradients, means, pages, replicas, teachers, trajectories, uses
 from gad.tangents import Paths, Tangents
 
 
@@ -358,15 +358,19 @@ def test_each_backbones_trajectories_have_their_own_end():
 def test_metrics_have_the_end_of_each_backbones_trajectories(monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "METRICS", tmp_path / "metrics.json")
     rows = pd.DataFrame(columns=[*STEPS.columns, "map"])
+    shares = [("sd2", "TDM", uses.SHARE, 0.8), ("sd2", "TDM", uses.RIGHT, 0.7)]
+    table3 = pd.DataFrame(shares, columns=["backbone", "model", "metric", "value"])
+    given = []
     for module, made in (
-        (geometry, rows), (teachers, {}), (pages, {}), (trajectories, STEPS), (chains, rows), (replicas, rows),
-        (means, rows), (gradients, rows),
+        (geometry, rows), (teachers, {}), (pages, {"table3": table3}), (trajectories, STEPS), (chains, rows),
+        (replicas, rows), (means, rows), (gradients, rows),
     ):
-        monkeypatch.setattr(module, "write", lambda p, made=made: made)
+        monkeypatch.setattr(module, "write", lambda p, *more, made=made: given.extend(more) or made)
     tables.write(None)
+    assert given == [{("sd2", "TDM"): 0.8}]  # by which Table 1 too sees who draws too little
     found = json.loads(paths.METRICS.read_text())["students"]
     assert {b: (own["TDM"], own["TDM + GAD"]) for b, own in found.items()} == {
-        "sd2": ({"trajectory_error": 0.2}, {"trajectory_change": -0.2}),
+        "sd2": ({"trajectory_error": 0.2, "scene_table3": 0.7}, {"trajectory_change": -0.2}),
         "sana": ({"trajectory_error": 0.4}, {"trajectory_change": -0.4}),
     }
 
