@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from .params import MEMORY, ParamsError, Run, assignment, load, read
+from .params import ParamsError, Run, assignment, load, out_of_memory, read
 from .schema import SEEDS
 
 
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(told, indent=2))
     except (ValueError, OSError, RuntimeError) as error:
         short = type(error).__name__ == "OutOfMemoryError"  # torch's, which may not be imported
-        print(f"gad: {str(error).partition('. ')[0]}; {MEMORY}" if short else f"gad: {error}", file=sys.stderr)
+        print(f"gad: {out_of_memory(str(error)) if short else error}", file=sys.stderr)
         return 1
     return 0
 

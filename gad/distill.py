@@ -195,7 +195,8 @@ def compile_blocks(task: Distillation, on: bool = True):
     """Each block of the teacher and of what is trained by torch.compile, or no longer. Not whole networks: hooks on
     blocks, by which discriminators read them, stay outside. Exact tangents run as without."""
     backbone = task.paradigm.backbone
-    torch._dynamo.config.recompile_limit = 64  # with and without gradient, autocast, fixed weights: each is another
+    if on:  # with and without gradient, autocast, fixed weights: each is another
+        torch._dynamo.config.recompile_limit = 64
     for network in (backbone.network, *(role.module for role in task.roles.values())):
         for block in backbone.blocks(network) if isinstance(network, type(backbone.network)) else ():
             vars(block).pop("forward", None)

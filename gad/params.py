@@ -14,9 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 VARIANTS = ("base", "gad")  # that are always there
 NEED_A_FAKE = ("score", "paired-score", "released")  # forms of GAD; the others learn from the teacher's paths
-MEMORY = ("what takes less: hardware.parts, checkpointing or shard where a student is trained, hardware.tangents, "
-          "evaluation.batch")
 TOGETHER = {"unrelated": 2, "rkd": 3, "similarity": 2}  # forms of GAD that are of samples together: the fewest of them
+
+
+def out_of_memory(text: str) -> str:
+    """What torch says where memory runs out, in a line with the fix."""
+    first = text.partition(". ")[0]
+    return (f"{first}; what takes less: hardware.parts, checkpointing or shard where a student is trained, "
+            "hardware.tangents, evaluation.batch")
 
 
 def _wrong(key: str, value: float) -> str | None:

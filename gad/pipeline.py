@@ -14,7 +14,7 @@ from pathlib import Path
 try:
     from . import graph, paths
     from .graph import PROGRESS, PipelineError
-    from .params import MEMORY, ROOT, Params, ParamsError, Run, assignment, load
+    from .params import ROOT, Params, ParamsError, Run, assignment, load, out_of_memory
     from .schema import SEEDS
 except ModuleNotFoundError as error:
     sys.exit(f"gad: {error}: activate the project's environment (. .venv/bin/activate), or use make")
@@ -52,7 +52,7 @@ def execute(source: Path, target: Path, parameters: dict):
         )
     except PapermillExecutionError as error:
         if error.ename == "OutOfMemoryError":
-            raise PipelineError(f"{str(error.evalue).partition('. ')[0]}; {MEMORY} {kept}") from None
+            raise PipelineError(f"{out_of_memory(str(error.evalue))} {kept}") from None
         last = (str(error.evalue).strip().splitlines() or [""])[-1]
         raise PipelineError(f"{error.ename}: {last} {kept}") from None
     except RuntimeError:  # nbclient's, and jupyter_client's of one that never answered

@@ -491,6 +491,9 @@ def lengths(p: Params):
         2 * len(backbones), len(paradigms), figsize=(0.8 + 2.6 * len(paradigms), 0.6 + 3.2 * len(backbones)),
         squeeze=False, sharex=True, height_ratios=[1.2, 1] * len(backbones),
     )
+    for of in (axes[::2].flat, axes[1::2].flat) if shared else ():
+        for ax in of[1:]:
+            ax.sharey(of[0])
     for k, backbone in enumerate(backbones):
         for j, paradigm in enumerate(paradigms):
             top, bottom = axes[2 * k:2 * k + 2, j]
@@ -503,11 +506,6 @@ def lengths(p: Params):
         if backbone:
             axes[2 * k, 0].set_ylabel("JVP cosine")
             axes[2 * k + 1, 0].set_ylabel(tables.fits(p))
-    for row in (range(0, len(axes), 2), range(1, len(axes), 2)) if shared else ():
-        scales = [ax for i in row for ax in axes[i] if ax.get_visible()]
-        low, high = (f(ax.get_ylim()[end] for ax in scales) for f, end in ((min, 0), (max, 1)))
-        for ax in scales:
-            ax.set_ylim(low, high)
     for ax in axes[-1]:
         ax.set_xlabel("training steps")
         ax.set_xlim(left=0)

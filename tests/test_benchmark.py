@@ -206,7 +206,7 @@ def counted(monkeypatch):
     """Of no network: an operation for each thing, on a machine without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     held = {"parameters": 1, "held": 1}
-    for where, keys in (("_counted", ("base", "gad", "exact", "forward")), ("count_teacher", ("sample", "tangents"))):
+    for where, keys in (("_counted", ("base", "gad", "exact", "forward")), ("_teacher", ("sample", "tangents"))):
         monkeypatch.setattr(stage, where, lambda *args, keys=keys: held | {f"operations_{k}": 1.0 for k in keys})
 
 

@@ -24,7 +24,7 @@ from ..params import Params, Run
 from ..world import autoencoder, scenes
 from .common import prepare, write_json
 from .cost import _Timed
-from .counting import count, count_teacher, random_data
+from .counting import count, count_teacher, random_data, shapes
 from .planning import GRID, SCHEDULES, Schedule, other_scheme, page, plan
 
 
@@ -86,7 +86,7 @@ def benchmark(
         found = {"sample": None, "tangents": None}
         if model:
             found = _targets(model, which, data, batch, p.hardware.tangents)
-        found |= {} if miniature else count_teacher(name, which)
+        found |= {} if miniature else _teacher(name, which)
         targets.append({"backbone": name, "steps": which.teacher_steps} | found | _made(found, timed, p, name, tflops))
         for paradigm in paradigms:
             row = {"backbone": name, "paradigm": paradigm, "precision": trained, "batch": batch, "pairs": pairs}
@@ -132,6 +132,11 @@ def _counted(name, paradigm, p) -> dict:
     return {"parameters": found.parameters, "held": found.held, "operations_base": found.base / n} | {
         f"operations_{key}": x / n for key, x in found.terms.items()
     }
+
+
+def _teacher(name, which) -> dict:
+    model = shapes(name)
+    return count_teacher(model, which, model.encode(["a prompt"], device="cpu"))
 
 
 def _made(found, timed, p, name, tflops) -> dict:

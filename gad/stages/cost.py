@@ -13,13 +13,12 @@ import torch
 from .. import paths
 from ..distill import Distillation, checkpoint, compile_blocks
 from ..evaluation.geometry import interval_columns
-from ..geometry import jvp
 from ..paradigms import find
 from ..params import Params
 from ..tables import cell
 from ..training import update
 from .common import materials, prepare, write_csv
-from .counting import Operations
+from .counting import Operations, count_teacher
 
 NOTE = """# What a step costs
 
@@ -52,7 +51,7 @@ def cost(backbone: str, p: Params, blocks: int = 8, only: list[str] | None = Non
     paradigms = {name: find(name) for name in only or p.paradigms}
     model, cond, tangents, samples = materials(accelerator.device, backbone, p)
     which = p.backbones[backbone]
-    tangents_once = _tangents(model, which, tangents) * p.endpoints.pairs
+    once = count_teacher(model, which, cond[:1].to(model.device))["operations_tangents"] * p.endpoints.pairs
     terms = {"base": None, "gad": p.gad, "every": p.gad.model_copy(update={"every": 4})}
     if "map" in p.controls:
         terms["map"] = p.controls["map"]
@@ -80,7 +79,7 @@ def cost(backbone: str, p: Params, blocks: int = 8, only: list[str] | None = Non
         row |= {f"memory_{k}": timed[k].memory for k in timed}
         row |= {"operations": operations["base"]}
         row |= {f"operations_{k}": operations[k] / operations["base"] for k in TITLES if k in terms}
-        row["tangents"] = tangents_once / (operations["base"] * p.steps(name, "base"))
+        row["tangents"] = once / (operations["base"] * p.steps(name, "base"))
         rows.append(row)
         told = ", ".join(f"{title} {row[k]:.2f}" for k, title in TITLES.items() if k in terms)
         told = f"{name}, times the base: {told}"
@@ -89,14 +88,6 @@ def cost(backbone: str, p: Params, blocks: int = 8, only: list[str] | None = Non
         gc.collect()
     _write(_beside(pd.DataFrame(rows), p), p, backbone, blocks, accelerator.device)
     return rows
-
-
-def _tangents(model, which, of) -> float:
-    """Operations of one of the teacher's paths with its tangents."""
-    at, times = of[slice(0, 1)], model.times(which.student_steps)
-    with torch.no_grad(), Operations() as counted:
-        jvp(lambda z: model.path(model.network, z, at.cond, which.teacher_steps, which.cfg, times), at.z, at.v)
-    return counted.total
 
 
 def _beside(frame, p):

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from .. import architectures
-from ..backbones import Backbone
+from ..backbones import Backbone, Condition
 from ..distill import Distillation
 from ..geometry import jvp
 from ..paradigms import find
@@ -70,14 +70,13 @@ def count(name: str, paradigm: str, terms: dict, p: Params, batch: int, cycles: 
     return Count(base, {key: x - base for key, x in found.items()}, held, parameters)
 
 
-def count_teacher(name: str, which) -> dict:
-    """Operations of a sample of the full-size teacher, and of one of its paths with exact tangents: of its steps, which
-    are alike."""
-    model = shapes(name)
-    (z, v), cond = torch.randn(2, 1, *model.latent_shape), model.encode(["a prompt"], device="cpu")
+def count_teacher(model: Backbone, which, cond: Condition) -> dict:
+    """Operations of a sample of the teacher, and of one of its paths with exact tangents: of its steps, which are
+    alike. `cond`: of one prompt, where the model is."""
+    (z, v), t = torch.randn(2, 1, *model.latent_shape, device=model.device), torch.ones(1, device=model.device)
 
     def step(z):
-        return model.output(model.network, z, torch.ones(1), cond, which.cfg)
+        return model.output(model.network, z, t, cond, which.cfg)
 
     with torch.no_grad():
         with Operations() as one:

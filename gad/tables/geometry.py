@@ -135,21 +135,17 @@ def _short(long: pd.DataFrame, p: Params, more: dict | None = None) -> list[str]
     there = (long["map"] == "images") & (long["metric"] == "share")
     by_more = pd.Series([more.get(at, 1.0) for at in zip(long["backbone"], long["model"], strict=True)], long.index)
     part = long[there & (np.minimum(long["value"], by_more) < usable)]
+    rows = [*zip(part["backbone"], part["model"], strict=True)]
     if not len(part):
         return []
     runs = {(run.backbone, label(run)): run for run in p.runs()}
     shown = pivot(part, "metric").rename(columns=COLUMNS)
     shown["whole interval below"] = np.where(part["high"] < usable, "yes", "no")
-    shown["by Table 3"] = [f"{more[at]:.3g}" if (at := (b, m)) in more else "–"
-                           for b, m in zip(part["backbone"], part["model"], strict=True)]
-    shares = long[(long["map"] == "images") & (long["metric"] == "share")].set_index(["backbone", "model"])["value"]
-    shown["its base at other settings"] = [
-        _others(shares[b], runs.get((b, m.removesuffix(HYBRID))), p)
-        for b, m in zip(part["backbone"], part["model"], strict=True)
-    ]
-    shown["its base in trials"] = [
-        _tried(runs.get((b, m.removesuffix(HYBRID)))) for b, m in zip(part["backbone"], part["model"], strict=True)
-    ]
+    shown["by Table 3"] = [f"{more[row]:.3g}" if row in more else "–" for row in rows]
+    shares = long[there].set_index(["backbone", "model"])["value"]
+    base = [runs.get((b, m.removesuffix(HYBRID))) for b, m in rows]
+    shown["its base at other settings"] = [_others(shares[b], run, p) for (b, _), run in zip(rows, base, strict=True)]
+    shown["its base in trials"] = [_tried(run) for run in base]
     return [
         f"## Students that draw less than {usable:.0%} of their teacher's scenes",
         f"At {usable:.0%} (`report.usable`) a student counts as usable: here are those that draw less by this table or "
