@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .activations import anew
 from .backbones import Backbone, Condition
 from .evaluation.geometry import compare, endpoint, interval_columns, tangents
 from .paradigms import find
@@ -188,7 +189,7 @@ def checkpoint(task: Distillation):
     backbone = task.paradigm.backbone
     for module in (*(role.module for role in task.roles.values()), backbone.network, backbone.pipeline.vae):
         if getattr(module, "_supports_gradient_checkpointing", False):  # AutoencoderDC and heads do not
-            module.enable_gradient_checkpointing()
+            module.enable_gradient_checkpointing(anew)
 
 
 def compile_blocks(task: Distillation, on: bool = True):
@@ -224,6 +225,7 @@ def in_8bit(role: Role):
     role.optimisers[0].param_groups[0]["base_lr"] = role.lr
 
 
+@torch.no_grad()
 def _show(backbone, student, cond, steps, step, probe, accelerator):
     """The same prompts and noises at each probe, for trackers."""
     latents = backbone.sample(student, backbone.noise(len(cond), 0), cond, steps)

@@ -43,16 +43,21 @@ def jvp(f: Map, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
     It takes about two calls of `f`: layers are told that their weights don't move."""
     x, v = _check(x, v)
-    with _precise(x), sdpa_kernel(SDPBackend.MATH), _ConstantWeights():
-        try:
-            return torch.func.jvp(f, (x,), (v,))
-        except (NotImplementedError, RuntimeError) as error:
-            if not any(s in str(error) for s in ("forward AD", "forward mode AD", "forward-mode", "functorch")):
-                raise
-            raise RuntimeError(
-                "an operation in f has no forward-mode derivative (as custom autograd functions and fused attention "
-                f"processors): replace it, or use response(scheme='central'). {error}"
-            ) from error
+    try:
+        return pushforward(f, (x,), (v,))
+    except (NotImplementedError, RuntimeError) as error:
+        if not any(s in str(error) for s in ("forward AD", "forward mode AD", "forward-mode", "functorch")):
+            raise
+        raise RuntimeError(
+            "an operation in f has no forward-mode derivative (as custom autograd functions and fused attention "
+            f"processors): replace it, or use response(scheme='central'). {error}"
+        ) from error
+
+
+def pushforward(f: Callable, x: tuple[Tensor, ...], v: tuple[Tensor, ...]):
+    """`torch.func.jvp(f, x, v)` as `jvp` takes it: for `f` of several arguments, in any precision."""
+    with _precise(x[0]), sdpa_kernel(SDPBackend.MATH), _ConstantWeights():
+        return torch.func.jvp(f, x, v)
 
 
 def response(f: Map, x: Tensor, v: Tensor, h: float, scheme: str = "forward", base: Tensor | None = None) -> Tensor:

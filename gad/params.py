@@ -133,10 +133,9 @@ class Params(Sections):
         for key, term in terms.items():
             if not term.lam:
                 continue
-            for switch, why in (("shard", "need whole networks"), ("checkpointing", "cannot make activations anew")):
-                if term.scheme == "exact" and getattr(self.hardware, switch):
-                    fix = f"set it to false, or {key}.scheme to forward"
-                    raise ValueError(f"hardware.{switch}=True: exact JVPs {why}: {fix}")
+            if term.scheme == "exact" and self.hardware.shard:
+                fix = f"set it to false, or {key}.scheme to forward"
+                raise ValueError(f"hardware.shard=True: exact JVPs need whole networks: {fix}")
             if term.pairs < (least := TOGETHER.get(term.form, 1)):
                 fix = f"make it {least} or more"
                 raise ValueError(f"{key}.pairs={term.pairs}: `{term.form}` is of several samples: {fix}")
