@@ -207,6 +207,7 @@ def train(
     if state.exists() and not start:
         note = f"{folder.name}: the interrupted run had other parameters: starting over"
         print(note, file=sys.stderr, flush=True)
+    _agree(start, state, accelerator)
     torch.manual_seed(seed)
     bar = tqdm(total=steps, initial=start, disable=None, desc=folder.name, mininterval=5)
     began, last = time.monotonic(), time.monotonic()
@@ -325,6 +326,17 @@ def _average(params, accelerator):
             raise RuntimeError(
                 f"another process of this job has stopped ({line}): see its message; the same command resumes"
             ) from None
+
+
+def _agree(start, state, accelerator):
+    """RuntimeError where processes would go on from different steps, as on two nodes that don't share files."""
+    if accelerator.num_processes > 1:
+        starts = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
+        if len({*starts}) > 1:
+            raise RuntimeError(
+                f"the processes of this job would start at different steps, {starts}: {os.path.relpath(state)} has to "
+                "be the same file to all of them"
+            )
 
 
 def _save(path, task, key, step, rows, write=True):

@@ -6,13 +6,14 @@ import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gad import architectures, distill, paths
 from gad.backbones import MINIATURES
 from gad.paradigms.tdm import TDM
 from gad.params import load
 from gad.stages.benchmark import benchmark
-from gad.stages.counting import count
+from gad.stages.counting import Memory, count
 from gad.stages.planning import SCHEDULES, Schedule, page, plan
 
 stage = importlib.import_module("gad.stages.benchmark")  # the package has the function by that name
@@ -116,7 +117,7 @@ def small(monkeypatch):
     """SANA's full size in architectures.FULL, as a network of two products."""
     class Plain(architectures.BACKBONES["sana"]):
         def raw(self, network, x_t, timestep, cond):
-            assert x_t.device.type == cond.embeds.device.type == timestep.device.type == "meta"
+            assert all(isinstance(torch.func.debug_unwrap(x), FakeTensor) for x in (x_t, cond.embeds, timestep))
             return network.layers(x_t.flatten(2).mT).mT.reshape(x_t.shape)
 
         def encode_text(self, prompts):
@@ -135,13 +136,56 @@ def test_operations_are_counted_by_hand(small, p):
     """TCD: of each image two of the teacher's calls, guided, one of the student without gradient and one with. GAD: two
     of the student with gradient for each pair. A call is 2 × 64 × (4 × 16 + 16 × 4) operations; backward to the weights
     as many, and to the first product's output half."""
-    found = count("sana", "tcd", {"gad": p.gad}, p, 4, 3)
+    found = count("sana", "tcd", {"gad": p.gad}, p, images := 4, 3)
     call = 2 * 64 * 128
     trained = call * 2.5
-    assert found.base == 4 * (3 * call + trained)
-    assert found.terms == {"gad": p.gad.pairs * 2 * trained}
+    assert found.base == 3 * call + trained
+    assert found.terms == {"gad": p.gad.pairs / images * 2 * trained}
     weights = 4 * 16 + 16 + 16 * 4 + 4
-    assert found.parameters == weights and found.held == 4 * weights * (1 + 1 + 3 + 1)  # the teacher; the student's
+    data = 4 * 64 * 2 * (5 * p.endpoints.pairs + p.endpoints.samples)  # states and responses; noises and endpoints
+    assert found.parameters == weights and found.held == 4 * weights * (1 + 1 + 3 + 1) + 4 * data  # teacher; student
+    assert found.held < found.memory[None] < found.memory["gad"]
+
+
+def test_memory_is_that_of_what_lives():
+    x = torch.zeros(1000)
+    with Memory() as memory:
+        y = (x.view(10, 100) + 1).T  # a view of what was there is nothing, nor one of what was made
+        assert memory.now == memory.peak == 4000
+        z = y.double()
+        assert memory.now == memory.peak == 12000
+        del y
+        assert memory.now == 8000
+        z.add_(1)
+        del z
+    assert memory.now == 0 and memory.peak == 12000
+
+
+def test_memory_of_a_step_has_what_its_graph_keeps():
+    """Of two layers: what the tanh returns, and the gradients of the weights; the input was there."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+    x = torch.zeros(256, 64)
+    with Memory() as memory:
+        y = model(x)
+        assert memory.now == 4 * (256 * 64 + 256)
+        y.sum().backward()
+        del y
+    assert memory.now == 4 * sum(w.numel() for w in model.parameters())
+
+
+@pytest.mark.slow
+def test_activations_made_anew_take_less_memory_and_more_operations():
+    def of(checkpointing, parts=8):
+        settings = {"gad.scheme": "exact", "hardware.checkpointing": checkpointing, "hardware.parts": parts}
+        p = load(paths.ROOT / "params.paper.yaml", **settings)
+        return count("sana", "tcd", {"gad": p.gad}, p, 32, 1, "bf16")
+
+    kept, anew, more = of(False), of(True), of(True, 16)
+    assert kept.held == anew.held == more.held
+    for key in (None, "gad"):
+        assert more.memory[key] < anew.memory[key] < kept.memory[key]
+    assert (anew.memory["gad"] - anew.held) < (kept.memory["gad"] - kept.held) / 2
+    assert kept.base < anew.base == pytest.approx(more.base) and kept.terms["gad"] < anew.terms["gad"]
 
 
 @pytest.mark.parametrize("paradigm", ["tdm", "sid", "dmd"])
@@ -150,6 +194,7 @@ def test_operations_of_gad_are_in_proportion_to_its_pairs(small, p, paradigm):
     terms["exact"] = terms[4].model_copy(update={"scheme": "exact"})
     found = count("sana", paradigm, terms, p, 4, 1)
     assert 0 < found.terms[4] == found.terms[8] / 2 and found.terms["exact"] > 0
+    assert found.memory[None] <= found.memory[4] <= found.memory[8]
     assert count("sana", paradigm, {4: terms[4]}, p, 4, 1).base == found.base
 
 
@@ -205,8 +250,9 @@ def test_the_teachers_own_is_counted_by_hand(small, p, monkeypatch):
 def counted(monkeypatch):
     """Of no network: an operation for each thing, on a machine without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    held = {"parameters": 1, "held": 1}
-    for where, keys in (("_counted", ("base", "gad", "exact", "forward")), ("_teacher", ("sample", "tangents"))):
+    terms = "base", "gad", "exact", "forward"
+    held = {"parameters": 1, "held": 1} | {f"peak_{k}": 1 for k in terms}
+    for where, keys in (("_counted", terms), ("_teacher", ("sample", "tangents"))):
         monkeypatch.setattr(stage, where, lambda *args, keys=keys: held | {f"operations_{k}": 1.0 for k in keys})
 
 

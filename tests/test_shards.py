@@ -67,6 +67,9 @@ def main(folder):
     trained("sana", "tdm", folder / "once", True, 3)
     trained("sana", "tdm", folder / "stopped", True, 3, stop=2)
     trained("sana", "tdm", folder / "stopped", True, 3)
+    own = folder / ("stopped", "elsewhere")[int(os.environ["RANK"])]
+    with pytest.raises(RuntimeError, match=r"different steps, \[3, 0\]: .*state.safetensors has to be the same file"):
+        trained("sana", "tdm", own, True, 3)
 
 
 def apart(a, b, part, origin=None):

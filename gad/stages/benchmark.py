@@ -97,7 +97,7 @@ def benchmark(
             else:
                 row |= NOTHING
             if not miniature:
-                row |= _counted(name, paradigm, p)
+                row |= _counted(name, paradigm, p, batch, gad, trained, checkpointing)
                 told = f"{1 + row['operations_gad'] / row['operations_base']:.2f} times the base's operations with GAD"
                 found = f"{found}; {told}" if timed else told
             rows.append(row)
@@ -124,13 +124,17 @@ NOTHING = {f"{key}_{k}": None for k in GRID[2] for key in ("seconds", "images", 
 NOTHING |= {"ratio": None, "ratio_low": None, "ratio_high": None, "note": ""}
 
 
-def _counted(name, paradigm, p) -> dict:
-    """Operations an image: of a step without GAD, of GAD alone, of GAD by the other scheme. And the bytes held."""
-    other = other_scheme(p.gad.scheme)
-    terms = {"gad": p.gad, other: p.gad.model_copy(update={"scheme": other})}
-    found, n = count(name, paradigm, terms, p, p.distill.batch, 2), p.distill.batch
-    return {"parameters": found.parameters, "held": found.held, "operations_base": found.base / n} | {
-        f"operations_{key}": x / n for key, x in found.terms.items()
+def _counted(name, paradigm, p, batch, gad, precision, checkpointing) -> dict:
+    """Operations an image: of a step without GAD, of GAD alone, of GAD by the other scheme. And the bytes of a device:
+    held throughout, and the peak of each."""
+    other = other_scheme(gad.scheme)
+    terms = {"gad": gad, other: gad.model_copy(update={"scheme": other})}
+    p = p.model_copy(update={"hardware": p.hardware.model_copy(update={"checkpointing": checkpointing})})
+    found = count(name, paradigm, terms, p, batch, 2, precision)
+    return {
+        "parameters": found.parameters, "held": found.held,
+        "operations_base": found.base, **{f"operations_{key}": x for key, x in found.terms.items()},
+        **{f"peak_{key or 'base'}": x for key, x in found.memory.items()},
     }
 
 

@@ -43,7 +43,8 @@ def diagnose(backbone: str, p: Params) -> dict:
 
     def save(path, prompts, seeds, times, batch=p.hardware.tangents, dtype=torch.float32):
         """The teacher's path, and how it turns with the noise, at the first and last of `times` and between."""
-        z, v, cond = Tangents.inputs(teacher, prompts, seeds)
+        with accelerator.main_process_first():  # which encodes them for all
+            z, v, cond = Tangents.inputs(teacher, prompts, seeds)
 
         @torch.no_grad()
         def part(j):
@@ -67,7 +68,8 @@ def diagnose(backbone: str, p: Params) -> dict:
     prompts = [c for c in world.prompts(e.prompts, seed + 14, "test") for _ in range(e.noises)]
     save(folder / "test.safetensors", prompts, (seed + 14, seed + 15), ends, e.batch)
     prompts, path = world.prompts(n.samples, seed + 11), endpoints / "samples.safetensors"
-    z, cond = teacher.noise(len(prompts), seed + 11), teacher.encode(prompts, device="cpu")
+    with accelerator.main_process_first():
+        z, cond = teacher.noise(len(prompts), seed + 11), teacher.encode(prompts, device="cpu")
 
     @torch.no_grad()
     def sample(j):

@@ -50,11 +50,13 @@ TIMED = """Measured: {measured}{options}; PyTorch {torch}. A step takes its batc
 Base and GAD (`{form}` form) take turns, {blocks} blocks each; medians of a step, and of the ratio of neighbouring
 blocks, with a 95 % bootstrap interval over blocks. Images/s counts the base's batch in both. Memory is the peak of the
 process (CPU) or of what is allocated (GPU)."""
-COUNTED = """## Operations
+COUNTED = """## Operations and memory
 
 Of matrix products, convolutions and attention, forward and backward, for each image of the base's batch, counted at
-full size on PyTorch's meta device: a number that no machine changes. Held: weights, gradients, moments and averages of
-all networks of a run, in fp32, without any activation.
+full size by shapes alone (PyTorch's fake tensors): a number that no machine changes. Memory is counted so too, of one
+device that takes {batch} images in {parts} part(s){options}. Held throughout: weights, gradients, moments and averages
+of all networks of a run, in fp32, the decoder, and the teacher's tangents and samples. The peak has the activations,
+without what libraries keep for themselves (CUDA, its allocator).
 
 {table}
 
@@ -100,7 +102,7 @@ def plan(
             "backbone": row["backbone"], "paradigm": row["paradigm"], "variant": variant, "precision": precision,
             "steps": schedule.steps, "batch": schedule.batch, "exaflop": work[0] and images * sum(work) / 1e18,
             "device_hours": hours, "gpus": gpus, "hours": hours and hours / gpus,
-            "memory": row.get(f"memory_{variant}"),
+            "memory": row.get(f"memory_{variant}"), "peak": row.get(f"peak_{variant}"),
             "measured": measured if hours else "no: out of memory",
         })
     known = [c for c in cells if c["device_hours"]]
@@ -109,6 +111,7 @@ def plan(
         "backbone": "all", "device_hours": hours, "gpus": gpus, "hours": hours and hours / gpus,
         "exaflop": sum(c["exaflop"] or 0 for c in cells) or None,
         "memory": max((c["memory"] for c in known if c["memory"]), default=None),
+        "peak": max((c["peak"] for c in cells if c["peak"]), default=None),
         "measured": f"{len(known)} of {len(cells)} students",
     }
     return [*cells, total]
@@ -119,6 +122,7 @@ def page(report: dict) -> str:
     rows = [r | {"precision": TOLD[r["precision"]]} for r in report["rows"]]
     counted, timed = any("operations_base" in r for r in rows), report["device"] is not None
     titles = {"backbone": "backbone", "paradigm": "paradigm"}
+    gpus, images = report["plan"][0]["gpus"], rows[0]["batch"]
     (high, low), how, other = report["tflops"], "", other_scheme(report["scheme"])
     options = ", compiled" * report["compile"] + ", gradient checkpointing" * report["checkpointing"]
     if timed:
@@ -152,17 +156,20 @@ def page(report: dict) -> str:
         **({"exaflop": "10¹⁸ operations"} if counted else {}), "device_hours": "device-hours",
     }))
     counts = _table([r | {
-        "millions": r["parameters"] / 1e6, "base": r["operations_base"] / 1e12, "held": r["held"] / 2**30,
+        "millions": r["parameters"] / 1e6, "base": r["operations_base"] / 1e12, "precision": r["precision"],
         **{key: f"{1 + r[f'operations_{key}'] / r['operations_base']:.2f}" for key in ("gad", other)},
+        **{key: r[key] / 2**30 for key in ("held", "peak_base", "peak_gad", f"peak_{other}")},
     } for r in rows], titles | {
-        "millions": "parameters, M", "base": "base, TFLOP", "gad": f"GAD, {report['scheme']} / base",
-        other: f"GAD, {other} / base", "held": "held, GiB",
+        "millions": "parameters, M", "precision": "precision", "base": "base, TFLOP",
+        "gad": f"GAD, {report['scheme']} / base", other: f"GAD, {other} / base", "held": "held, GiB",
+        "peak_base": "base, GiB", "peak_gad": f"GAD, {report['scheme']}, GiB", f"peak_{other}": f"GAD, {other}, GiB",
     }) if counted else ""
-    gpus, images = report["plan"][0]["gpus"], rows[0]["batch"]
-    cells = _table([c | {"precision": TOLD.get(c["precision"])} for c in report["plan"]], titles | {
+    cells = _table([
+        c | {"precision": TOLD.get(c["precision"]), "peak": c["peak"] and c["peak"] / 2**30} for c in report["plan"]
+    ], titles | {
         "variant": "variant", "precision": "precision", "steps": "steps", "batch": "batch",
         **({"exaflop": "10¹⁸ operations"} if counted else {}),
-        "device_hours": "device-hours", "hours": f"hours on {gpus}",
+        "device_hours": "device-hours", "hours": f"hours on {gpus}", **({"peak": "peak, GiB"} if counted else {}),
         **({"memory": f"MB, {images} images on one", "measured": "measured"} if timed else {}),
     })
     warning = ""
@@ -170,7 +177,10 @@ def page(report: dict) -> str:
         warning = "\n**Nothing was measured at full size**: the hours are those of the miniatures."
     given = *(tuple(dict.fromkeys(r[k] for r in rows)) for k in titles), GRID[2]
     return PAGE.format(
-        measured=measured, rows=shown, counts=COUNTED.format(table=counts) if counted else "", targets=targets,
+        measured=measured, rows=shown, counts=COUNTED.format(
+            table=counts, batch=images, parts=report["parts"],
+            options=", activations made anew (`hardware.checkpointing`)" * report["checkpointing"],
+        ) if counted else "", targets=targets,
         grid=" × ".join("{" + ", ".join(x) + "}" for x in given) + ", the paper's grid" * (given == GRID),
         warning=warning, plan=cells, hours=hours, parts=report["parts"],
         sources="\n".join(f"- {k}: {s['source']}" for k, s in report["schedules"].items()),
