@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from . import paths
 from .evaluation import diversity, layout, noise_query
+from .evaluation.images import eight_bits
 from .params import Params
 from .world import detector, scenes
 from .world import judge as judges
@@ -75,6 +76,10 @@ class Mini:
     @cached_property
     def _real_features(self) -> np.ndarray:
         return self.embed(self.real.flatten(0, 1)).unflatten(0, self.real.shape[:2]).numpy()
+
+    def keep(self, images: torch.Tensor) -> torch.Tensor:
+        """Images as they are held, by thousands, on the CPU."""
+        return images.cpu()
 
     def texts(self, prompts: list[str]) -> torch.Tensor:
         """CLIP's embeddings (n, D), of unit norm."""
@@ -146,6 +151,9 @@ class Photographs:
 
         kind = next(k for k in kinds if k in self.judges)
         return experts.load(kind, self.judges[kind].path, self.judges[kind].revision, self.device)
+
+    def keep(self, images):
+        return eight_bits(images)  # which their judges take anyway
 
     @cached_property
     def _clip(self):

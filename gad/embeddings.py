@@ -63,8 +63,14 @@ class _Kept:
 
     def _make(self, path, prompts, batch):
         encoder = self.backbone.pipeline.text_encoder.to(self.backbone.device)
-        parts = (self.anew(prompts[i:i + batch], batch) for i in range(0, len(prompts), batch))
-        made = Condition.cat([part.to("cpu") for part in parts])  # of many prompts they are larger than networks
+        made = None
+        for i in range(0, len(prompts), batch):
+            part = self.anew(prompts[i:i + batch], batch)
+            if made is None:  # whole, once, on the CPU: of many prompts they are larger than networks
+                made = Condition(*(
+                    torch.empty(len(prompts), *x.shape[1:], dtype=x.dtype) for x in (part.embeds, part.mask)
+                ))
+            made.embeds[i:i + batch], made.mask[i:i + batch] = part.embeds, part.mask
         encoder.to("cpu")
         if not torch.isfinite(made.embeds).all():
             name = self.backbone.name

@@ -1,6 +1,7 @@
 """The command line at smoke size, in a copy of the package: teacher to student, and a student killed on its way."""
 
 import contextlib
+import copy
 import filecmp
 import importlib
 import json
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pandas as pd
 import psutil
@@ -20,7 +22,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gad import paths
+from gad import distill, paths
 from gad.graph import sandbox
 from gad.paradigms import PARADIGMS
 from gad.params import ROOT, Run, load
@@ -219,6 +221,17 @@ def test_a_tracker_sees_losses_probes_and_samples(place):
     assert found.Scalars("probe/cos")[-1].step == 3  # the finished student too
     code, _, error = place.run(*SHARED, "--track", "wandb")
     assert code == 1 and "track='wandb' is not installed: pip install wandb" in error
+
+
+def test_samples_for_trackers_have_no_graph(mini, monkeypatch):
+    """Else that of a whole sampler for eight images stays beside the training: at full size tens of GB."""
+    backbone, seen = mini("sd2"), []
+    student, cond = copy.deepcopy(backbone.network).requires_grad_(True), backbone.encode(["a red circle"])
+    decode = backbone.decode
+    monkeypatch.setattr(backbone, "decode", lambda z: seen.append((len(z), z.requires_grad)) or decode(z))
+    told = SimpleNamespace(trackers=[], log=lambda probe, step: seen.append(probe))
+    distill._show(backbone, student, cond, 2, 0, {"cos": 1.0}, told)
+    assert seen == [(1, False), {"probe/cos": 1.0}]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import to_pil_image
 
 from gad.backbones.tokens import merge_words
+from gad.evaluation.images import eight_bits
 from gad.world import experts
 
 PROMPTS = ["a red fox", "two dogs on a sofa", "", "A photograph of a fox, and of a dog", "dogs"]
@@ -173,7 +174,7 @@ def test_images_and_scores_are_the_librarys_own_of_pictures(folders, loaded, kin
     expert = loaded[kind]
     with torch.no_grad():
         pixels, embeddings, scores = EMBED[kind](folders[kind], pictures)
-    ours = expert._pixels(experts._bytes(images))
+    ours = expert._pixels(eight_bits(images))
     assert ours.shape == pixels.shape and ours.std() > 0.5
     torch.testing.assert_close(ours, pixels, rtol=0, atol=1e-6)
     found = expert.images(images)
@@ -201,7 +202,7 @@ def test_pixels_are_pillows_within_a_level(folders, loaded, kind, images, pictur
     processor = hf.AutoImageProcessor.from_pretrained(folders[kind], backend="pil")
     assert type(processor).__name__.endswith("Pil")
     pixels = processor(pictures, return_tensors="pt").pixel_values
-    off = (loaded[kind]._pixels(experts._bytes(images)) - pixels).abs().max()
+    off = (loaded[kind]._pixels(eight_bits(images)) - pixels).abs().max()
     assert off < 1.01 / 255 / (min(processor.image_std) if processor.do_normalize else 1)
 
 
@@ -253,7 +254,7 @@ def test_rt_detr_is_the_librarys_pipeline(folders, loaded, kind, images, picture
 def test_rt_detr_looks_for_given_names_alone(loaded, images):
     expert = loaded["rt-detr"]
     assert expert.classes == ["fox", "couch", "tv", "red dog"]
-    pixels = expert._pixels(experts._bytes(images[:1]))
+    pixels = expert._pixels(eight_bits(images[:1]))
     with torch.no_grad():
         scores = expert.model(pixels).logits[0].sigmoid()  # (queries, classes)
     for own in (["couch"], ["tv", "fox"]):
@@ -291,7 +292,7 @@ def test_grounding_dino_scores_names_by_their_tokens(folders, loaded, images, pi
 
 
 def test_grounding_dino_pixels_are_the_librarys(folders, loaded, images, pictures):
-    ours = loaded["grounding-dino"]._pixels(experts._bytes(images))
+    ours = loaded["grounding-dino"]._pixels(eight_bits(images))
     processor = hf.AutoImageProcessor.from_pretrained(folders["grounding-dino"])
     theirs = processor(pictures, return_tensors="pt").pixel_values
     assert torch.equal(ours, theirs) and theirs.shape[2:] == (112, 96)

@@ -1,11 +1,13 @@
 """gad.backbones.load: good folders load; every bad one is one line that names the path and the fix."""
 
 import copy as copies
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +62,20 @@ def test_a_half_precision_entry_leaves_the_network_whole(folder):
     parts = backbone.pipeline.components.items()
     dtypes = {k: next(m.parameters()).dtype for k, m in parts if hasattr(m, "parameters")}
     assert dtypes == {"unet": torch.float32, "vae": torch.bfloat16, "text_encoder": torch.bfloat16}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it asks /proc")
+def test_a_text_encoder_in_its_files_dtype_stays_in_the_file_that_all_processes_share(copy):
+    file = next((copy / "text_encoder").glob("*.safetensors"))
+    backbone = load(copy)
+    assert str(file.resolve()) in Path("/proc/self/maps").read_text()
+    data = yaml.safe_load((params.ROOT / "params.yaml").read_text())
+    data["backbones"]["sd2"] |= {"path": str(copy), "dtype": "bfloat16"}
+    del backbone
+    gc.collect()
+    other = load("sd2", params.validate(data))
+    assert str(file.resolve()) not in Path("/proc/self/maps").read_text()
+    assert other.pipeline.text_encoder.dtype == torch.bfloat16
 
 
 def test_missing_folder(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from gad.evaluation import seeds
+from gad.evaluation import noise_query, seeds
+from gad.evaluation.images import eight_bits, unit
 from gad.evaluation.seeds import Classifier, accuracies, curve
 
 fit = partial(seeds.fit, steps=80)
@@ -139,3 +140,16 @@ def test_ranks_and_accuracies_by_hand():
     ranks = Classifier("linear", Pixels()).ranks(logits.view(3, 2, 3, 1, 1))
     assert ranks.tolist() == [[0, 2], [1, 2], [0, 2]] and ranks.dtype == np.int64
     assert accuracies(ranks) == pytest.approx([2 / 3, 0]) and accuracies(ranks, 2) == [1, 0]
+
+
+def test_images_of_8_bits_are_those_in_unit_range():
+    images = eight_bits(torch.rand(3, 5, 3, 40, 40, generator=torch.Generator().manual_seed(0)))
+    assert images.dtype == torch.uint8 and eight_bits(images) is images
+    whole = unit(images)
+    assert whole.max() <= 1 and torch.equal(eight_bits(whole), images)
+    for kind in ("linear", "cnn"):
+        low, high = (seeds.fit(x[:, :4], kind, steps=3) for x in (images, whole))
+        assert (low.ranks(images[:, 4:]) == high.ranks(whole[:, 4:])).all()
+        assert all(torch.equal(a, b) for a, b in zip(low.network.parameters(), high.network.parameters(), strict=True))
+    low, high = (noise_query.colours(x.flatten(0, 1)) for x in (images, whole))
+    assert all((low[k] == high[k]).all() and low[k].shape == (15,) for k in ("brightness", "saturation", "warmth"))

@@ -6,20 +6,23 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from ..world.scenes import BACKGROUNDS, COLOURS
+from .images import unit
 
 _PALETTE = np.array([*COLOURS.values(), *BACKGROUNDS.values()], dtype=np.float32)
 
 
 def colours(images: Tensor) -> dict[str, np.ndarray]:
-    """Of any images (n, 3, H, W) in [0, 1], (n,) each: `brightness` and `saturation` in [0, 1], `warmth` (red less
-    blue) in [−1, 1]. Ours: NoiseQuery's saturation is HSV's, a quotient that is large in what is all but black; here it
-    is the largest channel less the smallest."""
-    x = images.float().cpu().numpy()
-    return {
-        "brightness": x.mean((1, 2, 3)),
-        "saturation": np.ptp(x, 1).mean((1, 2)),
-        "warmth": (x[:, 0] - x[:, 2]).mean((1, 2)),
-    }
+    """Of any images (n, 3, H, W) in [0, 1] or of 8 bits, (n,) each: `brightness` and `saturation` in [0, 1], `warmth`
+    (red less blue) in [−1, 1]. Ours: NoiseQuery's saturation is HSV's, a quotient that is large in what is all but
+    black; here it is the largest channel less the smallest."""
+    return {k: np.concatenate(v) for k, v in zip(
+        ("brightness", "saturation", "warmth"),
+        zip(*(_colours(unit(few).cpu().numpy()) for few in images.split(64)), strict=True), strict=True,
+    )}
+
+
+def _colours(x):
+    return x.mean((1, 2, 3)), np.ptp(x, 1).mean((1, 2)), (x[:, 0] - x[:, 2]).mean((1, 2))
 
 
 def attributes(images: Tensor) -> dict[str, np.ndarray]:

@@ -19,6 +19,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .images import unit
+
 C = 0.1  # inverse strength of the probe's penalty; accuracy is flat from 0.03 to 10
 BATCH, LR, DECAY = 64, 2e-3, 0.05  # of the network
 
@@ -35,7 +37,7 @@ class Classifier:
         """Rank (S, Q) int of the right seed for images (S, Q, 3, H, W), [s, q] made by seed s under test prompt q:
         0 is top-1. Ties count against it, so that a classifier that knows nothing cannot be right."""
         seeds, prompts = images.shape[:2]
-        logits = torch.cat([self.network(x) for x in images.flatten(0, 1).split(256)])
+        logits = torch.cat([self.network(unit(x)) for x in images.flatten(0, 1).split(256)])
         if logits.shape[1] != seeds:
             raise ValueError(f"images of {seeds} seeds for a classifier of {logits.shape[1]}: give the same seeds")
         right = logits.gather(1, _labels(images))
@@ -61,7 +63,8 @@ class Classifier:
 
 
 def fit(images: Tensor, kind: str, seed: int = 0, steps: int = 600) -> Classifier:
-    """A classifier of the S seeds of images (S, P, 3, H, W) in [0, 1], [s, p] made by seed s under training prompt p.
+    """A classifier of the S seeds of images (S, P, 3, H, W), in [0, 1] or of 8 bits, [s, p] made by seed s under
+    training prompt p.
 
     `kind`: "linear", multinomial logistic regression on pooled pixels, which `seed` leaves alone; or "cnn", a small
     network of `steps` training steps, whose start and order `seed` decides. Nothing is flipped or moved in training:
@@ -109,7 +112,7 @@ def _network(kind: str, seeds: int) -> nn.Sequential:
 
 
 def _fit_probe(network, x: Tensor, y: Tensor):
-    pixels = network[:-1](x).double()
+    pixels = torch.cat([network[:-1](unit(few)) for few in x.split(256)]).double()
     mean, std = pixels.mean(0), pixels.std(0) + 1e-3  # pixels that never change stay small
     found = LogisticRegression(C=C, max_iter=1000).fit(((pixels - mean) / std).numpy(), y.numpy())
     weight = torch.from_numpy(found.coef_) / std  # standardising becomes part of the weights
@@ -123,7 +126,7 @@ def _fit_network(network, x: Tensor, y: Tensor, steps: int):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):
         i = torch.randint(len(x), (BATCH,))
-        F.cross_entropy(network(x[i]), y[i]).backward()
+        F.cross_entropy(network(unit(x[i])), y[i]).backward()
         optimiser.step()
         optimiser.zero_grad()
         schedule.step()

@@ -18,6 +18,7 @@ from ..benches import BENCHES, LAYOUTS, small
 from ..embeddings import add_weights
 from ..evaluation import diversity, layout, noise_query, seeds
 from ..evaluation.geometry import rounded
+from ..evaluation.images import unit
 from ..params import Params, Run
 from ..training import identity_key
 from ..world import judge as judges
@@ -56,20 +57,22 @@ class _Model:
 
     @torch.no_grad()
     def draw(self, z, prompts: list[str]) -> torch.Tensor:
-        """Images (n, 3, H, W), on the CPU, of n noises and prompts."""
+        """Images (n, 3, H, W), on the CPU and as their world keeps them, of n noises and prompts."""
         backbone, batch = self.bench.backbone, self.bench.world.batch
-        cond = backbone.encode(prompts, device="cpu")
+        unique = list(dict.fromkeys(prompts))
+        cond, row = backbone.encode(unique, device="cpu"), {prompt: k for k, prompt in enumerate(unique)}
+        rows = torch.tensor([row[prompt] for prompt in prompts])
 
         def part(j):
-            own = cond[j].to(z.device)
+            own = cond[rows[j]].to(z.device)
             return backbone.sample(self.network, z[j], own, self.steps, self.cfg, first=self.first)
 
         latents = self.kept(part, z, batch, prompts)
         images = None
         for i in range(0, len(latents), batch):
-            made = backbone.decode(latents[i:i + batch].to(z.device))
+            made = self.bench.world.keep(backbone.decode(latents[i:i + batch].to(z.device)))
             if images is None:  # once: of thousands of photographs, two copies would be all of a machine's memory
-                images = torch.empty(len(latents), *made.shape[1:])
+                images = torch.empty(len(latents), *made.shape[1:], dtype=made.dtype)
             images[i:i + batch] = made
         return images
 
@@ -287,7 +290,7 @@ def _query(bench, model, images, library, usual: list[float]) -> dict:
 
 def _show(images, path):
     """Six seeds down, four prompts across."""
-    shown = images[:6, :4]
+    shown = unit(images[:6, :4])
     save_image(small(shown.flatten(0, 1)), path, nrow=shown.shape[1], padding=2, pad_value=1.0)
 
 

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import to_pil_image
 from tqdm.auto import tqdm
 
+from ..evaluation.images import eight_bits
+
 COCO_NAMES = {  # released RT-DETRs call six of COCO's classes by older names
     "motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant",
     "diningtable": "dining table", "tvmonitor": "tv",
@@ -79,7 +81,7 @@ class _Embedder(_Expert):
         _check(x)
 
         def embed(rows):
-            return _unit(self._see(self._pixels(_bytes(x[rows])).to(self.device)))
+            return _unit(self._see(self._pixels(eight_bits(x[rows])).to(self.device)))
 
         return torch.cat(self._batches(embed, len(x)))
 
@@ -155,7 +157,7 @@ class _Detector(_Expert):
         names = self._names(names, len(images))
 
         def found(rows):
-            logits, boxes, classes = self._logits(_bytes(images[rows]), names[rows])
+            logits, boxes, classes = self._logits(eight_bits(images[rows]), names[rows])
             outputs, size = SimpleNamespace(logits=logits.float(), pred_boxes=boxes.float()), tuple(images.shape[2:])
             # As many pairs of a query and a class as there are queries: so is AP on COCO taken of both models.
             best = hf.RTDetrImageProcessor().post_process_object_detection(outputs, threshold, [size] * len(boxes))
@@ -259,12 +261,9 @@ def load(kind: str, path: str | Path, revision: str | None = None, device="cpu",
 
 
 def _check(images):
-    if images.ndim != 4 or images.shape[1] != 3 or not (images.min() >= 0 and images.max() <= 1):
-        raise ValueError(f"images of shape {tuple(images.shape)}: give (n, 3, H, W), all in [0, 1]")
-
-
-def _bytes(images: Tensor) -> Tensor:
-    return (255 * images.float()).round().byte().cpu()
+    low = images.dtype == torch.uint8
+    if images.ndim != 4 or images.shape[1] != 3 or not (low or (images.min() >= 0 and images.max() <= 1)):
+        raise ValueError(f"images of shape {tuple(images.shape)}: give (n, 3, H, W), all in [0, 1] or of 8 bits")
 
 
 def _unit(x: Tensor) -> Tensor:
