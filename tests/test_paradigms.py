@@ -650,9 +650,12 @@ def test_activations_made_anew_give_the_same_gradients(setting, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "method"), [("sana", "ladd"), ("pixart", "tdm")])
-def test_compiled_blocks_give_the_same_gradients(mini, monkeypatch, name, method):
-    """What compiles is the block, so that hooks on it see what they did; copies of the teacher are as it was."""
+@pytest.mark.parametrize(("name", "method", "scheme"), [
+    ("sana", "ladd", "forward"), ("pixart", "tdm", "forward"), ("sana", "tdm", "exact"), ("pixart", "tdm", "exact"),
+])
+def test_compiled_blocks_give_the_same_gradients(mini, monkeypatch, name, method, scheme):
+    """What compiles is the block, so that hooks on it see what they did; copies of the teacher are as it was. With
+    exact tangents, which run as without, activations are made anew too."""
     graphs, compile = [], torch.compile
 
     def backend(graph, _):
@@ -666,6 +669,9 @@ def test_compiled_blocks_give_the_same_gradients(mini, monkeypatch, name, method
     def gradients(on):
         torch.manual_seed(0)
         task = task_of(method, setting, "step")
+        task.gad = task.gad.model_copy(update={"scheme": scheme})
+        if scheme == "exact":
+            distill.checkpoint(task)
         distill.compile_blocks(task, on)
         alike = [m for m in (network, *(role.module for role in task.roles.values())) if isinstance(m, type(network))]
         assert all(("forward" in vars(block)) == on for m in alike for block in blocks(m))
@@ -679,6 +685,7 @@ def test_compiled_blocks_give_the_same_gradients(mini, monkeypatch, name, method
         kept, compiled = gradients(False), gradients(True)
     finally:
         distill.compile_blocks(task_of(method, setting, None), False)
+        network.disable_gradient_checkpointing()
     assert 0 < len(graphs) < 12  # of a kind of block one for each way in which it is called: blocks share them
     assert not any("forward" in vars(block) for block in blocks(network))
     for a, b in zip(compiled, kept, strict=True):
