@@ -2,7 +2,7 @@
 backbone, and from them a plan of the grid.
 
 Weights and data are random: a step's time and memory don't depend on what they are. Without a GPU nothing is timed:
-operations are counted, by shapes alone.
+operations and memory are counted, by shapes alone.
 """
 
 import gc
@@ -42,10 +42,10 @@ def benchmark(
     gpus: int = 8,
     tflops: tuple[float, float] = (300.0, 40.0),
 ) -> dict:
-    """Count the operations of `paradigms` on `backbones` at full size; where there is a GPU time them too, base and GAD
-    taking turns; the same of what the teacher makes; and plan these students by it. Prints a page, kept in
-    reports/benchmark.md, and writes reports/benchmark.json: {device, torch, compile, …, rows, targets, plan}; returns
-    the same.
+    """Count the operations and memory of `paradigms` on `backbones` at full size; where there is a GPU time them too,
+    base and GAD taking turns; the same of what the teacher makes; and plan these students by it. Prints a page, kept
+    in reports/benchmark.md, and writes reports/benchmark.json: {device, torch, compile, …, rows, targets, plan};
+    returns the same.
 
     `batch`: images a step on this one device (`distill.batch`), which takes them in `hardware.parts`, as training does;
     GAD's pairs keep their proportion to it. `precision`: "no" (fp32) or "bf16", of all `backbones`; else each has its

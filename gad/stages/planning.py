@@ -54,9 +54,10 @@ COUNTED = """## Operations and memory
 
 Of matrix products, convolutions and attention, forward and backward, for each image of the base's batch, counted at
 full size by shapes alone (PyTorch's fake tensors): a number that no machine changes. Memory is counted so too, of one
-device that takes {batch} images in {parts} part(s){options}. Held throughout: weights, gradients, moments and averages
-of all networks of a run, in fp32, the decoder, and the teacher's tangents and samples. The peak has the activations,
-without what libraries keep for themselves (CUDA, its allocator).
+device that takes {batch} images, and {pairs} of GAD's pairs, in {parts} part(s){options}.
+Held throughout: weights, gradients, moments and averages of all networks of a run, in fp32, the decoder, and the
+teacher's tangents and samples. The peak has the activations, without what libraries keep for themselves (CUDA, its
+allocator).
 
 {table}
 
@@ -178,8 +179,8 @@ def page(report: dict) -> str:
     given = *(tuple(dict.fromkeys(r[k] for r in rows)) for k in titles), GRID[2]
     return PAGE.format(
         measured=measured, rows=shown, counts=COUNTED.format(
-            table=counts, batch=images, parts=report["parts"],
-            options=", activations made anew (`hardware.checkpointing`)" * report["checkpointing"],
+            table=counts, batch=images, pairs=rows[0]["pairs"], parts=report["parts"],
+            options=", with activations made anew\n(`hardware.checkpointing`)" * report["checkpointing"],
         ) if counted else "", targets=targets,
         grid=" × ".join("{" + ", ".join(x) + "}" for x in given) + ", the paper's grid" * (given == GRID),
         warning=warning, plan=cells, hours=hours, parts=report["parts"],
