@@ -9,7 +9,7 @@ from gad.geometry import jvp
 
 
 class Block(nn.Module):
-    """As diffusers' are: of several inputs, one of them by name, which may not move; what it returns may have a None."""
+    """As diffusers' are: of several inputs, one by name, which does not move; what it returns has a None."""
 
     def __init__(self):
         super().__init__()
