@@ -232,6 +232,10 @@ def test_the_teachers_own_is_counted_by_hand(small, p, monkeypatch):
     its, call = benchmark(p, ("sana",), ("tdm",), tflops=(100.0, 10.0))["targets"][0], 2 * 64 * 128
     assert its["operations_sample"] == p.backbones["sana"].teacher_steps * 2 * call
     assert 2 <= its["operations_tangents"] / its["operations_sample"] <= 3
+    two, four = (benchmark(load(**{"hardware.tangents": n}), ("sana",), ("tdm",))["targets"][0] for n in (2, 4))
+    assert two["operations_tangents"] == four["operations_tangents"] == its["operations_tangents"]
+    weights = 4 * 16 + 16 + 16 * 4 + 4
+    assert 2 * two["peak_tangents"] - four["peak_tangents"] == 4 * weights  # the rest is in proportion
     work = its["samples"] * its["operations_sample"] + its["paths"] * its["operations_tangents"]
     assert its["exaflop"] == pytest.approx(work / 1e18)
     assert its["device_hours"] * 3600 == pytest.approx(work / 10e12)  # in fp32, whatever students train in
@@ -251,7 +255,7 @@ def counted(monkeypatch):
     """Of no network: an operation for each thing, on a machine without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     terms = "base", "gad", "exact", "forward"
-    held = {"parameters": 1, "held": 1} | {f"peak_{k}": 1 for k in terms}
+    held = {"parameters": 1, "held": 1} | {f"peak_{k}": 1 for k in (*terms, "tangents")}
     for where, keys in (("_counted", terms), ("_teacher", ("sample", "tangents"))):
         monkeypatch.setattr(stage, where, lambda *args, keys=keys: held | {f"operations_{k}": 1.0 for k in keys})
 

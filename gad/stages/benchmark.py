@@ -86,7 +86,7 @@ def benchmark(
         found = {"sample": None, "tangents": None}
         if model:
             found = _targets(model, which, data, batch, p.hardware.tangents)
-        found |= {} if miniature else _teacher(name, which)
+        found |= {} if miniature else _teacher(name, which, p.hardware.tangents)
         targets.append({"backbone": name, "steps": which.teacher_steps} | found | _made(found, timed, p, name, tflops))
         for paradigm in paradigms:
             row = {"backbone": name, "paradigm": paradigm, "precision": trained, "batch": batch, "pairs": pairs}
@@ -108,7 +108,8 @@ def benchmark(
     measured = f"{'miniature' if miniature else 'full size'}, {named if timed else 'operations counted'}"
     report = {
         "device": named if timed else None, "torch": torch.__version__, "against": against,
-        "compile": compiled, "checkpointing": checkpointing, "parts": p.hardware.parts, "measured": measured,
+        "compile": compiled, "checkpointing": checkpointing, "parts": p.hardware.parts,
+        "tangents": p.hardware.tangents, "measured": measured,
         "form": p.gad.form, "scheme": p.gad.scheme, "blocks": blocks, "tflops": list(tflops), "rows": rows,
         "targets": targets, "plan": plan(rows, schedules, gpus, measured, tflops, p.gad.scheme == "exact"),
         "schedules": {k: asdict(s) for k, s in schedules.items()},
@@ -138,9 +139,9 @@ def _counted(name, paradigm, p, batch, gad, precision, checkpointing) -> dict:
     }
 
 
-def _teacher(name, which) -> dict:
+def _teacher(name, which, n) -> dict:
     model = shapes(name)
-    return count_teacher(model, which, model.encode(["a prompt"], device="cpu"))
+    return count_teacher(model, which, model.encode(["a prompt"], device="cpu").expand(n))
 
 
 def _made(found, timed, p, name, tflops) -> dict:

@@ -137,8 +137,10 @@ def _kept(method, which, p) -> int:
 
 def count_teacher(model: Backbone, which, cond: Condition) -> dict:
     """Operations of a sample of the teacher, and of one of its paths with exact tangents: of its steps, which are
-    alike. `cond`: of one prompt, where the model is."""
-    (z, v), t = torch.randn(2, 1, *model.latent_shape, device=model.device), torch.ones(1, device=model.device)
+    alike. The peak bytes, its network among them, of as many tangents at once as `cond` has prompts, where the model
+    is."""
+    n = len(cond)
+    (z, v), t = torch.randn(2, n, *model.latent_shape, device=model.device), torch.ones(n, device=model.device)
 
     def step(z):
         return model.output(model.network, z, t, cond, which.cfg)
@@ -146,10 +148,13 @@ def count_teacher(model: Backbone, which, cond: Condition) -> dict:
     with torch.no_grad():
         with Operations() as one:
             step(z)
-        with Operations() as both:
+        with Operations() as both, Memory() as memory:
             jvp(step, z, v)
-    steps = which.teacher_steps
-    return {"operations_sample": one.total * steps, "operations_tangents": both.total * steps}
+    each = which.teacher_steps / n
+    return {
+        "operations_sample": one.total * each, "operations_tangents": both.total * each,
+        "peak_tangents": memory.peak + 4 * sum(w.numel() for w in model.network.parameters()),
+    }
 
 
 def random_data(model: Backbone, steps: int, n: int, seed: int) -> tuple[Tangents, Samples]:

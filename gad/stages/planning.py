@@ -41,8 +41,8 @@ Students: {grid}.{warning}
 {hours}
 
 All devices are alike and none is lost between them; where memory is short for a device's share of a batch, it takes
-that in parts (`hardware.parts: {parts}`). Not in it: the probes, exact tangents of `hardware.tangents` noises at once
-beside what is trained. Schedules:
+that in parts (`hardware.parts: {parts}`). Not in it: the probes, exact tangents of {tangents} noises at once
+(`hardware.tangents`) beside what is trained. Schedules:
 
 {sources}
 """
@@ -151,9 +151,12 @@ def page(report: dict) -> str:
     if report["against"]:
         measured += f" `--precision` has {', '.join(report['against'])} in bf16, which `distill.fp32` keeps in fp32."
     targets = TARGETS.format(how=how, targets=_table([
-        t if timed else t | {k: t[f"operations_{k}"] / 1e12 for k in each} for t in report["targets"]
+        t | ({} if timed else {k: t[f"operations_{k}"] / 1e12 for k in each})
+        | ({"peak": t["peak_tangents"] / 2**30} if counted else {}) for t in report["targets"]
     ], {
-        "backbone": "backbone", "steps": "steps", **each, "samples": "samples", "paths": "paths",
+        "backbone": "backbone", "steps": "steps", **each,
+        **({"peak": f"tangents of {report['tangents']} at once, GiB"} if counted else {}),
+        "samples": "samples", "paths": "paths",
         **({"exaflop": "10¹⁸ operations"} if counted else {}), "device_hours": "device-hours",
     }))
     counts = _table([r | {
@@ -183,7 +186,7 @@ def page(report: dict) -> str:
             options=", with activations made anew\n(`hardware.checkpointing`)" * report["checkpointing"],
         ) if counted else "", targets=targets,
         grid=" × ".join("{" + ", ".join(x) + "}" for x in given) + ", the paper's grid" * (given == GRID),
-        warning=warning, plan=cells, hours=hours, parts=report["parts"],
+        warning=warning, plan=cells, hours=hours, parts=report["parts"], tangents=report["tangents"],
         sources="\n".join(f"- {k}: {s['source']}" for k, s in report["schedules"].items()),
     )
 
