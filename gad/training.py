@@ -31,6 +31,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import _muon
 from tqdm.auto import tqdm
 
+MANY = 2**26  # elements of gradients that processes exchange at once: 256 MB
+
 
 @dataclass
 class Role:
@@ -315,12 +317,20 @@ def _share(x, like):
 
 
 def _average(params, accelerator):
-    """Gradients, averaged over processes."""
+    """Gradients, averaged over processes, MANY or one of them at a time: each exchange has its own delay."""
     if accelerator.num_processes > 1:
+        buckets, size = [], math.inf
+        for gradient in (p.grad for p in params if p.grad is not None):
+            if size + gradient.numel() > MANY:
+                buckets.append([])
+                size = 0
+            buckets[-1].append(gradient)
+            size += gradient.numel()
         try:
-            for p in params:
-                if p.grad is not None:
-                    p.grad = accelerator.reduce(p.grad, "mean")
+            for some in buckets:
+                whole = accelerator.reduce(torch.cat([gradient.flatten() for gradient in some]), "mean")
+                for gradient, its in zip(some, whole.split([g.numel() for g in some]), strict=True):
+                    gradient.copy_(its.view(gradient.shape))
         except RuntimeError as error:
             line = str(error).strip().splitlines()[0]
             raise RuntimeError(

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from conftest import build
 from safetensors.torch import load_file
 
-from gad import params
+from gad import params, training
 from gad.distill import Distillation
 from gad.paradigms import PARADIGMS
 from gad.tangents import Samples, Tangents
@@ -67,6 +67,9 @@ def main(folder):
     trained("sana", "tdm", folder / "once", True, 3)
     trained("sana", "tdm", folder / "stopped", True, 3, stop=2)
     trained("sana", "tdm", folder / "stopped", True, 3)
+    trained("sana", "tdm", folder / "at_once", False)
+    training.MANY = 5000  # some weights are of more
+    trained("sana", "tdm", folder / "in_many", False)
     own = folder / ("stopped", "elsewhere")[int(os.environ["RANK"])]
     with pytest.raises(RuntimeError, match=r"different steps, \[3, 0\]: .*state.safetensors has to be the same file"):
         trained("sana", "tdm", own, True, 3)
@@ -121,6 +124,16 @@ def test_shares_go_where_the_whole_goes(shared, tmp_path):
 def test_shares_resume_with_the_same_bits(shared):
     once, twice = (load_file(shared / name / "state.safetensors") for name in ("once", "stopped"))
     assert once.keys() == twice.keys() and all(torch.equal(once[k], twice[k]) for k in once)
+
+
+@pytest.mark.slow
+def test_gradients_are_the_same_bits_however_many_are_exchanged_at_once(shared, tmp_path):
+    once, many = (load_file(shared / name / "state.safetensors") for name in ("at_once", "in_many"))
+    assert once.keys() == many.keys() and all(torch.equal(once[k], many[k]) for k in once)
+    trained("sana", "tdm", tmp_path, False)
+    whole = load_file(tmp_path / "state.safetensors")  # of one process
+    moments = [k for k in whole if k.endswith("exp_avg")]
+    assert apart(whole, many, moments.__contains__) < 1e-4
 
 
 if __name__ == "__main__":
