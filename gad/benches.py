@@ -153,7 +153,7 @@ class Photographs:
         return experts.load(kind, self.judges[kind].path, self.judges[kind].revision, self.device)
 
     def keep(self, images):
-        return eight_bits(images)  # which their judges take anyway
+        return eight_bits(images)  # as their judges take them; attributes and classifiers of seeds see the rounding
 
     @cached_property
     def _clip(self):

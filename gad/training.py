@@ -265,7 +265,8 @@ def update(
                 if not torch.isfinite(losses[name]):
                     raise DivergedError(f"the {name} loss is {losses[name].item()} at step {step}")
                 _backward(losses[name] / mine, role, task.roles.values(), accelerator)
-        logged = {k: logged.get(k, 0) + v.detach() / mine for k, v in losses.items()}
+        losses = {k: v.detach() for k, v in losses.items()}  # their graphs would stay while the next part's are made
+        logged = {k: logged.get(k, 0) + v / mine for k, v in losses.items()}
     row = {"step": step}
     for name, role in task.roles.items():
         if name in losses:

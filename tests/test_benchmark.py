@@ -13,8 +13,9 @@ from gad.backbones import MINIATURES
 from gad.paradigms.tdm import TDM
 from gad.params import load
 from gad.stages.benchmark import benchmark
-from gad.stages.counting import Memory, count
+from gad.stages.counting import Memory, Operations, count
 from gad.stages.planning import SCHEDULES, Schedule, page, plan
+from gad.stages.shapes import norms_as_on_gpus
 
 stage = importlib.import_module("gad.stages.benchmark")  # the package has the function by that name
 
@@ -145,6 +146,27 @@ def test_operations_are_counted_by_hand(small, p):
     data = 4 * 64 * 2 * (5 * p.endpoints.pairs + p.endpoints.samples)  # states and responses; noises and endpoints
     assert found.parameters == weights and found.held == 4 * weights * (1 + 1 + 3 + 1) + 4 * data  # teacher; student
     assert found.held < found.memory[None] < found.memory["gad"]
+
+
+def test_attention_is_counted_as_a_gpu_does_it():
+    """Two products forward; backward the first once more, and two for each of them."""
+    q = torch.randn(2, 3, 64, 16, requires_grad=True)
+    product = 2 * 2 * 3 * 64 * 64 * 16
+    with Operations() as forward:
+        out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    with Operations() as backward:
+        out.sum().backward()
+    assert (forward.total, backward.total) == (2 * product, 5 * product)
+
+
+def test_norms_are_in_fp32_as_on_gpus():
+    layers, x = (torch.nn.LayerNorm(8), torch.nn.GroupNorm(2, 8)), torch.randn(4, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        with norms_as_on_gpus():
+            assert all(layer(x).dtype == torch.float32 for layer in layers)
+        assert all(layer(x).dtype == torch.bfloat16 for layer in layers)
+    with norms_as_on_gpus():
+        assert all(layer.bfloat16()(x).dtype == torch.bfloat16 for layer in layers)
 
 
 def test_memory_is_that_of_what_lives():

@@ -145,6 +145,8 @@ def test_ranks_and_accuracies_by_hand():
 def test_images_of_8_bits_are_those_in_unit_range():
     images = eight_bits(torch.rand(3, 5, 3, 40, 40, generator=torch.Generator().manual_seed(0)))
     assert images.dtype == torch.uint8 and eight_bits(images) is images
+    with pytest.raises(ValueError, match="not finite"):
+        eight_bits(torch.full((1, 3, 4, 4), torch.nan))
     whole = unit(images)
     assert whole.max() <= 1 and torch.equal(eight_bits(whole), images)
     for kind in ("linear", "cnn"):

@@ -24,8 +24,9 @@ from ..params import Params, Run
 from ..world import autoencoder, scenes
 from .common import prepare, write_json
 from .cost import _Timed
-from .counting import count, count_teacher, random_data, shapes
+from .counting import count, count_teacher, random_data
 from .planning import GRID, SCHEDULES, Schedule, other_scheme, page, plan
+from .shapes import shapes
 
 
 def benchmark(

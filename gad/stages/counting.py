@@ -56,8 +56,11 @@ class Memory(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self.known | given:
-                held, size = x.untyped_storage(), x.untyped_storage().nbytes()
+            if not isinstance(x, torch.Tensor):
+                continue
+            held = x.untyped_storage()
+            key, size = held._cdata, held.nbytes()
+            if key not in self.known and key not in given:
                 self.known.add(key)
                 self.now += size
                 weakref.finalize(held, self._freed, key, size)
@@ -71,10 +74,12 @@ class Memory(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Count:
-    """Of a step's share of a batch: operations without GAD, and of each term alone, an image of the base's; the peak
-    bytes of a device without (`None`) and with each term, and of these what is held throughout: all networks of a run
-    with their gradients, moments and averages, the decoder, the teacher's tangents and samples. A network's parameters.
-    """
+    """Of one part of a batch.
+
+    `base`: operations of a step without GAD, for each of its images; `terms`: those that each term adds.
+    `memory`: a device's peak, in bytes, without GAD (`None`) and with each term. `held`: what of it is there whatever
+    the part: all networks of a run with gradients, moments and averages, the autoencoder, the teacher's tangents and
+    samples. `parameters`: a network's."""
 
     base: float
     terms: dict[str, float]

@@ -41,8 +41,8 @@ Students: {grid}.{warning}
 {hours}
 
 All devices are alike and none is lost between them; where memory is short for a device's share of a batch, it takes
-that in parts (`hardware.parts: {parts}`). Not in it: the probes, exact tangents of {tangents} noises at once
-(`hardware.tangents`) beside what is trained. Schedules:
+that in parts (`hardware.parts: {parts}`). Not in it: the probes between steps, exact tangents of {tangents}
+noises at once (`hardware.tangents`). Schedules:
 
 {sources}
 """
@@ -55,13 +55,14 @@ COUNTED = """## Operations and memory
 Of matrix products, convolutions and attention, forward and backward, for each image of the base's batch, counted at
 full size by shapes alone (PyTorch's fake tensors): a number that no machine changes. Memory is counted so too, of one
 device that takes {batch} images, and {pairs} of GAD's pairs, in {parts} part(s){options}.
-Held throughout: weights, gradients, moments and averages of all networks of a run, in fp32, the decoder, and the
-teacher's tangents and samples. The peak has the activations, without what libraries keep for themselves (CUDA, its
-allocator).
+Held: weights, gradients, moments and averages of all networks of a run, in fp32, the autoencoder, and the teacher's
+tangents and samples. The peak has the activations too. It was not checked on a GPU, and is without what libraries keep
+for themselves and what their operations work in.
 
 {table}
 
 """
+ANEW = ", with activations made anew\n(`hardware.checkpointing`), and counted again"
 TARGETS = """
 ## The teacher's own, once a backbone
 
@@ -183,7 +184,7 @@ def page(report: dict) -> str:
     return PAGE.format(
         measured=measured, rows=shown, counts=COUNTED.format(
             table=counts, batch=images, pairs=rows[0]["pairs"], parts=report["parts"],
-            options=", with activations made anew\n(`hardware.checkpointing`)" * report["checkpointing"],
+            options=report["checkpointing"] * ANEW,
         ) if counted else "", targets=targets,
         grid=" × ".join("{" + ", ".join(x) + "}" for x in given) + ", the paper's grid" * (given == GRID),
         warning=warning, plan=cells, hours=hours, parts=report["parts"], tangents=report["tangents"],

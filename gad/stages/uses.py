@@ -67,14 +67,7 @@ class _Model:
             own = cond[rows[j]].to(z.device)
             return backbone.sample(self.network, z[j], own, self.steps, self.cfg, first=self.first)
 
-        latents = self.kept(part, z, batch, prompts)
-        images = None
-        for i in range(0, len(latents), batch):
-            made = self.bench.world.keep(backbone.decode(latents[i:i + batch].to(z.device)))
-            if images is None:  # once: of thousands of photographs, two copies would be all of a machine's memory
-                images = torch.empty(len(latents), *made.shape[1:], dtype=made.dtype)
-            images[i:i + batch] = made
-        return images
+        return self.bench.decoded(self.kept(part, z, batch, prompts), batch)
 
     def kept(self, part, z, batch, *own) -> torch.Tensor:
         """Latents, on the CPU, that `part` makes of noises z, `batch` at a time; `own`: what else they depend on."""
@@ -106,6 +99,16 @@ class _Bench:
         key = identity_key((self.weights, self.p.threads, batch, *own))
         self.works.append(paths.resume(f"{self.work}-{key[:16]}"))
         return in_parts(lambda j: {"x": part(j)}, n, batch, self.works[-1], self.accelerator)["x"]
+
+    def decoded(self, latents, batch: int) -> torch.Tensor:
+        """Images (n, 3, H, W) of latents, `batch` at a time, on the CPU and as their world keeps them."""
+        images = None
+        for i in range(0, len(latents), batch):
+            made = self.world.keep(self.backbone.decode(latents[i:i + batch].to(self.backbone.device)))
+            if images is None:  # once: of thousands of photographs, two copies would be all of a machine's memory
+                images = torch.empty(len(latents), *made.shape[1:], dtype=made.dtype)
+            images[i:i + batch] = made
+        return images
 
     def done(self):
         """Forget what was kept."""
@@ -245,7 +248,7 @@ def _layout(bench, model) -> dict:
 
         where = [b.tolist() for b in boxes]
         latents = model.kept(part, z, size, laid.captions, tokens, where, times.tolist(), evals, scale)
-        images = backbone.decode(latents.to(z.device), 2 * size).cpu()
+        images = bench.decoded(latents, 2 * size)
         found = world.detect(images, laid.names)
         return {
             **layout.score(found, laid.names, laid.boxes, world.sure),
