@@ -292,7 +292,7 @@ def layouts(mini):
     uses = SimpleNamespace(evals=30, scale=0.015, sweep=[0.003], draws=10)
     bench = SimpleNamespace(
         u=uses, p=p, backbone=backbone, world=mini_world, which=SimpleNamespace(student_steps=4),
-        score=lambda images, prompts: torch.zeros(len(images)),
+        decoded=backbone.decode, score=lambda images, prompts: torch.zeros(len(images)),
     )
 
     def kept(part, z, batch, *_):

@@ -202,7 +202,7 @@ def test_a_jvp_takes_two_calls_operations(case):
         f(x)
     with torch.no_grad(), Operations() as both:
         jvp(f, x, v)
-    assert 2 < both.total / once.total < 2.3
+    assert 1.9 < both.total / once.total < 2.3  # what is of the prompt alone does not move
 
 
 @pytest.mark.parametrize("layer", [F.linear, F.conv1d, F.conv2d, F.conv3d])
