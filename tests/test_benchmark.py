@@ -197,17 +197,15 @@ def test_memory_of_a_step_has_what_its_graph_keeps():
 
 @pytest.mark.slow
 def test_activations_made_anew_take_less_memory_and_more_operations():
-    def of(checkpointing, parts=8):
-        settings = {"gad.scheme": "exact", "hardware.checkpointing": checkpointing, "hardware.parts": parts}
+    def of(checkpointing):
+        settings = {"gad.scheme": "exact", "hardware.checkpointing": checkpointing}
         p = load(paths.ROOT / "params.paper.yaml", **settings)
         return count("sana", "tcd", {"gad": p.gad}, p, 32, 1, "bf16")
 
-    kept, anew, more = of(False), of(True), of(True, 16)
-    assert kept.held == anew.held == more.held
-    for key in (None, "gad"):
-        assert more.memory[key] < anew.memory[key] < kept.memory[key]
+    kept, anew = of(False), of(True)
+    assert kept.held == anew.held and anew.memory[None] < kept.memory[None]
     assert (anew.memory["gad"] - anew.held) < (kept.memory["gad"] - kept.held) / 2
-    assert kept.base < anew.base == pytest.approx(more.base) and kept.terms["gad"] < anew.terms["gad"]
+    assert kept.base < anew.base and kept.terms["gad"] < anew.terms["gad"]
 
 
 @pytest.mark.parametrize("paradigm", ["tdm", "sid", "dmd"])
